@@ -1,0 +1,127 @@
+"""Load a dynamic model from an artifact or an export. Needs torch, safetensors and diffusers only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from dydit_cli.errors import DyditError
+from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.registry import class_named, family_named
+
+CONFIG_NAME = "config.json"
+
+
+def model_folder(path: str | Path) -> Path:
+    """Find the folder with the model's ``config.json``: the path itself, or ``transformer/`` in an exported pipeline.
+
+    Raises:
+        DyditError: If there is none.
+    """
+    path = Path(path)
+    for folder in (path, path / "transformer"):
+        if (folder / CONFIG_NAME).is_file():
+            return folder
+    if (path / "checkpoints").is_dir():
+        raise DyditError(
+            f"{path} is an unfinished fine-tuning run.",
+            why="It has checkpoints, but no final weights yet.",
+            fix="Finish it with the same command and --resume.",
+        )
+    raise DyditError(
+        f"There is no model at {path}.",
+        why=f"Neither {CONFIG_NAME} nor transformer/{CONFIG_NAME} is there."
+        if path.exists()
+        else "No such folder exists.",
+        fix="Pass the --out folder of `dydit convert`, `dydit finetune` or `dydit export --format diffusers`.",
+    )
+
+
+def model_config(path: str | Path) -> dict[str, Any]:
+    """Read a model's ``config.json``.
+
+    Raises:
+        DyditError: If it is missing, damaged, or of a class that is not ours.
+    """
+    file = model_folder(path) / CONFIG_NAME
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        name = str(config["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DyditError(
+            f"{file} is not a model's configuration.",
+            why=f"It cannot be read as JSON with a '_class_name' ({type(error).__name__}).",
+            fix="Run the stage that wrote it again, or copy the folder again.",
+        ) from error
+    if class_named(name) is None:
+        raise DyditError(
+            f"{file} describes a {name}, which is not a dynamic model.",
+            why="dydit loads models that `dydit convert` has made dynamic.",
+            fix="Run `dydit convert --checkpoint ... --out C` first and pass C.",
+        )
+    return dict(config)
+
+
+def load_model(
+    path: str | Path,
+    execution: str = "compact",
+    torch_dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    keep_bias: float = 0.0,
+    *,
+    convention: str = "stored",
+) -> DynamicTransformer:
+    """Load a dynamic model for inference.
+
+    Args:
+        path: Folder of `dydit convert`, `dydit finetune` or a diffusers export.
+        execution: ``compact`` (only kept units cost), ``dense`` (masks multiplied) or ``static`` (complete model).
+        torch_dtype: Cast the weights; fp32 by default. Router decisions are made in fp32 whatever it is.
+        device: Where to put the model; the CPU by default.
+        keep_bias: Added to all router logits, a dial without training; +inf is the complete model.
+        convention: ``stored``, or ``native`` to read a pipeline export in its family's own convention of t and prediction.
+
+    Returns:
+        A module in eval mode with the forward of diffusers' class.
+
+    Raises:
+        DyditError: If the folder holds no whole dynamic model.
+    """
+    config = model_config(path)
+    stored = class_named(config["_class_name"])
+    if stored is None:
+        raise TypeError(config["_class_name"])
+    model_class = family_named(stored.family).model_class if convention == "native" else stored
+    folder = model_folder(path)
+    try:
+        model: DynamicTransformer = model_class.from_pretrained(str(folder), torch_dtype=torch_dtype or torch.float32)
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise DyditError(
+            f"The weights in {folder} cannot be loaded.",
+            why=f"A weight file is missing, damaged or does not fit config.json: {_first_line(error)}",
+            fix="Copy the folder again, or run the stage that wrote it again.",
+        ) from error
+    model.eval().requires_grad_(False)
+    model.set_execution(execution).set_keep_bias(keep_bias)
+    return model.to(device) if device is not None else model
+
+
+def load_for_training(path: str | Path, device: torch.device | str | None = None) -> DynamicTransformer:
+    """Load a dynamic model in fp32, dense, with gradients on everything but the position table.
+
+    Raises:
+        DyditError: As `load_model`.
+    """
+    model = load_model(path, execution="dense", device=device, convention="native")
+    model.train()
+    for parameter in (*model.backbone_parameters(), *model.router_parameters()):
+        parameter.requires_grad_(True)
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

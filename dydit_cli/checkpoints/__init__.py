@@ -1,0 +1,7 @@
+"""Reading checkpoints of others as data: weights only, never code."""
+
+from __future__ import annotations
+
+from dydit_cli.checkpoints.reading import Checkpoint, read_checkpoint
+
+__all__ = ["Checkpoint", "read_checkpoint"]

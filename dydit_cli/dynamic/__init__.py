@@ -1,0 +1,1 @@
+"""The paper itself: geometry, routers, gates and the record of what they decided. Knows tensors, no model family."""

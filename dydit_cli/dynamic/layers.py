@@ -1,0 +1,63 @@
+"""The two layers whose width is dynamic: parameters in the source's order, and beside them the importance order of their units.
+
+They hold no arithmetic: an executor (`execution/`) decides whether masks are multiplied or weights sliced.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class DynamicAttention(nn.Module):
+    """Self-attention with a fused qkv projection, as timm and the original DiT store it.
+
+    Args:
+        hidden_size: C.
+        num_heads: H; C must be a multiple of it.
+
+    Attributes:
+        head_order: (H,) int64; ``head_order[r]`` is the stored head of rank r.
+    """
+
+    head_order: Tensor
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = hidden_size // num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.register_buffer("head_order", torch.arange(num_heads))
+
+    def by_source(self, mask: Tensor) -> Tensor:
+        """Turn a (B, H) mask by rank into one by stored head."""
+        return torch.zeros_like(mask).index_copy(1, self.head_order, mask)
+
+
+class DynamicMlp(nn.Module):
+    """fc1 -> GELU (tanh) -> fc2 whose hidden channels form G groups by importance.
+
+    Args:
+        hidden_size: C.
+        mlp_hidden: Hidden channels; a multiple of ``num_groups``.
+        num_groups: G.
+
+    Attributes:
+        channel_order: (mlp_hidden,) int64; group g holds the stored channels ``channel_order[g * width : (g + 1) * width]``.
+    """
+
+    channel_order: Tensor
+
+    def __init__(self, hidden_size: int, mlp_hidden: int, num_groups: int) -> None:
+        super().__init__()
+        self.num_groups = num_groups
+        self.group_width = mlp_hidden // num_groups
+        self.fc1 = nn.Linear(hidden_size, mlp_hidden)
+        self.fc2 = nn.Linear(mlp_hidden, hidden_size)
+        self.register_buffer("channel_order", torch.arange(mlp_hidden))
+
+    def by_source(self, mask: Tensor) -> Tensor:
+        """Turn a (B, G) mask by rank into a (B, mlp_hidden) one by stored channel."""
+        channels = mask.repeat_interleave(self.group_width, dim=1)
+        return torch.zeros_like(channels).index_copy(1, self.channel_order, channels)

@@ -1,0 +1,62 @@
+"""What the routers decided: the masks of one forward pass, by rank of importance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BlockRouting:
+    """The decisions of one block, as 0/1 values (with a straight-through gradient while training).
+
+    Attributes:
+        heads: (B, H), by rank: index 0 is the most important head.
+        groups: (B, G), by rank.
+        tokens: (B, N), in the order of the tokens.
+    """
+
+    heads: Tensor
+    groups: Tensor
+    tokens: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> BlockRouting:
+        """Apply ``function`` to each mask."""
+        return BlockRouting(function(self.heads), function(self.groups), function(self.tokens))
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The decisions of all blocks in one forward pass."""
+
+    blocks: tuple[BlockRouting, ...]
+
+    @property
+    def heads(self) -> Tensor:
+        """(B, L, H) masks of the attention heads."""
+        return torch.stack([block.heads for block in self.blocks], dim=1)
+
+    @property
+    def groups(self) -> Tensor:
+        """(B, L, G) masks of the MLP channel groups."""
+        return torch.stack([block.groups for block in self.blocks], dim=1)
+
+    @property
+    def tokens(self) -> Tensor:
+        """(B, L, N) masks of the tokens that enter the MLP."""
+        return torch.stack([block.tokens for block in self.blocks], dim=1)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Routing:
+        """Apply ``function`` to each mask of each block."""
+        return Routing(tuple(block.map(function) for block in self.blocks))
+
+    def detach(self) -> Routing:
+        """The same decisions without their gradients."""
+        return self.map(torch.Tensor.detach)
+
+    def cpu(self) -> Routing:
+        """The same decisions on the CPU."""
+        return self.map(torch.Tensor.cpu)

@@ -1,0 +1,104 @@
+"""What an executor is, and what it needs of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dydit_cli.dynamic.gates import Gating
+from dydit_cli.dynamic.layers import DynamicAttention, DynamicMlp
+from dydit_cli.dynamic.routers import ChannelRouter, HeadRouter, TokenRouter
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """adaLN-Zero values of one branch, each (B, C)."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+def modulate(inputs: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """inputs * (1 + scale) + shift, in the original's order of operations."""
+    return inputs * (1 + scale) + shift
+
+
+class DynamicBlock(Protocol):
+    """The parts of a block that an executor touches."""
+
+    attn: DynamicAttention
+    mlp: DynamicMlp
+    norm2: nn.LayerNorm
+    head_router: HeadRouter
+    channel_router: ChannelRouter
+    token_router: TokenRouter
+
+
+@dataclass(frozen=True)
+class BlockWidth:
+    """The width of one block in one forward pass: (B, H) and (B, G) masks by rank, always-on units included."""
+
+    heads: Tensor
+    groups: Tensor
+
+
+class Executor(Protocol):
+    """Runs the dynamic layers of a block. A model holds one and hands it to its blocks; the caller chooses which."""
+
+    name: str
+
+    def widths(
+        self, blocks: Sequence[DynamicBlock], timestep: Tensor, time_embedding: Tensor, gating: Gating
+    ) -> Sequence[BlockWidth]:
+        """Decide the widths of all blocks from the (B, C) timestep embedding; ``timestep`` (B,) names plan entries."""
+        ...
+
+    def attend(self, attention: DynamicAttention, inputs: Tensor, width: BlockWidth) -> Tensor:
+        """Multi-head self-attention of (B, N, C) over the active heads, output projection included."""
+        ...
+
+    def select(self, router: TokenRouter, tokens: Tensor, gating: Gating, block: int) -> Tensor:
+        """(B, N) mask of the tokens that enter the MLP of block number ``block``."""
+        ...
+
+    def feed_forward(
+        self, block: DynamicBlock, tokens: Tensor, modulation: Modulation, width: BlockWidth, keep: Tensor
+    ) -> Tensor:
+        """tokens + keep * gate * MLP(modulate(LN(tokens))) over the active groups; (B, N, C) in and out."""
+        ...
+
+
+def attention_with(attention: DynamicAttention, inputs: Tensor, head_mask: Tensor | None) -> Tensor:
+    """Attention with the stored weights; ``head_mask`` (B, H) by stored head multiplies each head's output if given."""
+    batch, length, channels = inputs.shape
+    qkv = attention.qkv(inputs).view(batch, length, 3, attention.num_heads, attention.head_dim)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    mixed = F.scaled_dot_product_attention(query, key, value)
+    if head_mask is not None:
+        mixed = mixed * head_mask.to(mixed.dtype)[:, :, None, None]
+    projected: Tensor = attention.proj(mixed.transpose(1, 2).reshape(batch, length, channels))
+    return projected
+
+
+def mlp_with(mlp: DynamicMlp, inputs: Tensor, channel_mask: Tensor | None) -> Tensor:
+    """The MLP with the stored weights; ``channel_mask`` (B, mlp_hidden) by stored channel multiplies before GELU if given."""
+    hidden = mlp.fc1(inputs)
+    if channel_mask is not None:
+        hidden = hidden * channel_mask.to(hidden.dtype)[:, None, :]
+    output: Tensor = mlp.fc2(F.gelu(hidden, approximate="tanh"))
+    return output
+
+
+def live_widths(blocks: Sequence[DynamicBlock], time_embedding: Tensor, gating: Gating) -> list[BlockWidth]:
+    """Ask every block's width routers."""
+    widths = []
+    for index, block in enumerate(blocks):
+        heads = block.head_router.complete(gating.heads(index, block.head_router(time_embedding)))
+        groups = block.channel_router.complete(gating.groups(index, block.channel_router(time_embedding)))
+        widths.append(BlockWidth(heads, groups))
+    return widths

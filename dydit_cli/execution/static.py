@@ -1,0 +1,50 @@
+"""Static execution: the complete model, routers not even asked. The baseline of every comparison and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dydit_cli.dynamic.gates import Gating
+from dydit_cli.dynamic.layers import DynamicAttention
+from dydit_cli.dynamic.routers import TokenRouter
+from dydit_cli.execution.interface import (
+    BlockWidth,
+    DynamicBlock,
+    Modulation,
+    attention_with,
+    mlp_with,
+    modulate,
+)
+
+
+class StaticExecutor:
+    """Runs all units and pays nothing for routing."""
+
+    name = "static"
+
+    def widths(
+        self, blocks: Sequence[DynamicBlock], timestep: Tensor, time_embedding: Tensor, gating: Gating
+    ) -> Sequence[BlockWidth]:
+        """See `Executor`."""
+        ones = time_embedding.new_ones(len(time_embedding), 1)
+        return [
+            BlockWidth(ones.expand(-1, block.head_router.units), ones.expand(-1, block.channel_router.units))
+            for block in blocks
+        ]
+
+    def attend(self, attention: DynamicAttention, inputs: Tensor, width: BlockWidth) -> Tensor:
+        """See `Executor`."""
+        return attention_with(attention, inputs, None)
+
+    def select(self, router: TokenRouter, tokens: Tensor, gating: Gating, block: int) -> Tensor:
+        """See `Executor`."""
+        return tokens.new_ones(1, 1).expand(tokens.shape[0], tokens.shape[1])
+
+    def feed_forward(
+        self, block: DynamicBlock, tokens: Tensor, modulation: Modulation, width: BlockWidth, keep: Tensor
+    ) -> Tensor:
+        """See `Executor`."""
+        inputs = modulate(block.norm2(tokens), modulation.shift[:, None], modulation.scale[:, None])
+        return tokens + modulation.gate[:, None] * mlp_with(block.mlp, inputs, None)

@@ -1,0 +1,295 @@
+"""The dynamic transformer that DiT and SiT share: a diffusers model in the original repositories' layout, with routers.
+
+A forward knows nothing of training or inference. The executor says how masks become arithmetic, the gating how logits become
+masks; both come from outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from dydit_cli.dynamic.gates import CompleteGating, Gating, ThresholdGating
+from dydit_cli.dynamic.geometry import Geometry
+from dydit_cli.dynamic.routing import BlockRouting, Routing
+from dydit_cli.errors import DyditError
+from dydit_cli.execution import CompactExecutor, DenseExecutor, Executor, WidthPlan, executor_named
+from dydit_cli.families.blocks import DynamicDiTBlock, FinalLayer, LabelEmbedder, PatchEmbedder, TimestepEmbedder
+
+
+class DynamicTransformer(ModelMixin, ConfigMixin):
+    """A class-conditional diffusion transformer with dynamic width and tokens.
+
+    Args:
+        sample_size: Side of the square input in latent pixels.
+        patch_size: Side of a patch.
+        in_channels: Channels of the input.
+        hidden_size: C.
+        num_layers: L, number of blocks.
+        num_attention_heads: H; divides ``hidden_size``.
+        num_classes: Classes without the null class.
+        mlp_hidden_size: Hidden channels of the MLP; None means 4C.
+        learn_sigma: Whether the final layer computes a variance beside each input channel.
+        num_groups: G; None means H. Divides ``mlp_hidden_size``.
+        always_on: Whether the most important head and group have no router row and are always on (the paper's later files).
+        out_channels: Channels that a forward returns. It follows from the others and is recorded because stock pipelines read it.
+
+    Raises:
+        DyditError: If the numbers do not fit together.
+    """
+
+    family = ""
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["DynamicDiTBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        num_layers: int = 28,
+        num_attention_heads: int = 16,
+        num_classes: int = 1000,
+        mlp_hidden_size: int | None = None,
+        learn_sigma: bool = True,
+        num_groups: int | None = None,
+        always_on: bool = True,
+        out_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        mlp_hidden = mlp_hidden_size or 4 * hidden_size
+        groups = num_groups or num_attention_heads
+        check_divides("attention heads", num_attention_heads, "hidden size", hidden_size)
+        check_divides("channel groups", groups, "MLP's hidden size", mlp_hidden)
+        check_divides("patch size", patch_size, "sample size", sample_size)
+        computed = 2 * in_channels if learn_sigma else in_channels
+        self.register_to_config(mlp_hidden_size=mlp_hidden, num_groups=groups, out_channels=self.channels_returned(computed))
+        self.geometry = Geometry(
+            hidden_size=hidden_size,
+            depth=num_layers,
+            num_heads=num_attention_heads,
+            num_groups=groups,
+            mlp_hidden=mlp_hidden,
+            num_tokens=(sample_size // patch_size) ** 2,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            out_channels=computed,
+            sample_size=sample_size,
+            num_classes=num_classes,
+            always_on=always_on,
+        )
+        self.x_embedder = PatchEmbedder(in_channels, hidden_size, patch_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        # A parameter without gradient, as in the original: it is part of its files.
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.geometry.num_tokens, hidden_size), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            DynamicDiTBlock(hidden_size, num_attention_heads, mlp_hidden, groups, always_on) for _ in range(num_layers)
+        )
+        self.final_layer = FinalLayer(hidden_size, patch_size, computed)
+        self.gradient_checkpointing = False
+        self.keep_bias = 0.0
+        self._executor: Executor = DenseExecutor()
+
+    def channels_returned(self, computed: int) -> int:
+        """How many of the final layer's channels a forward returns."""
+        return computed
+
+    # ------------------------------------------------------------------ routing and execution
+
+    @property
+    def execution(self) -> str:
+        """Name of the executor that `forward` uses: ``dense``, ``compact`` or ``static``."""
+        return self._executor.name
+
+    def set_execution(self, name: str) -> DynamicTransformer:
+        """Choose how `forward` runs: ``compact`` (inference), ``dense`` (masks multiplied) or ``static`` (complete model).
+
+        Raises:
+            DyditError: For another name.
+        """
+        if name != self.execution:
+            self._executor = executor_named(name)
+        return self
+
+    def set_keep_bias(self, keep_bias: float) -> DynamicTransformer:
+        """Add ``keep_bias`` to all router logits of later forwards: more is kept above 0, less below; +inf keeps everything."""
+        self.keep_bias = float(keep_bias)
+        return self
+
+    def plan(self, timesteps: Tensor | Sequence[float]) -> WidthPlan:
+        """Decide the widths of a schedule once; later compact forwards at these timesteps ask no width router.
+
+        Args:
+            timesteps: Values of t as `forward` will receive them.
+
+        Returns:
+            The plan; its ``hits`` and ``misses`` count later forwards. Switches the execution to compact.
+        """
+        self.set_execution("compact")
+        executor = self._executor
+        if not isinstance(executor, CompactExecutor):
+            raise DyditError(
+                f"A plan belongs to compact execution, not to '{executor.name}'.",
+                why="Dense and static execution compute everything, so that there is nothing to plan.",
+                fix="Call model.set_execution('compact') first.",
+            )
+        values = torch.as_tensor(timesteps, device=self.device).flatten()
+        with torch.no_grad():
+            embeddings = self.t_embedder(self.native_timestep(values))
+            return executor.make_plan(list(self.blocks), values, embeddings, ThresholdGating(self.keep_bias))
+
+    @torch.no_grad()
+    def routing(
+        self,
+        timestep: Tensor | float,
+        hidden_states: Tensor | None = None,
+        class_labels: Tensor | None = None,
+    ) -> Routing:
+        """What would be executed at evaluation, without noise.
+
+        Args:
+            timestep: (B,) or a number.
+            hidden_states: (B, C_in, h, w); without it the token masks, which depend on the image, are all ones.
+            class_labels: (B,); the null class without it.
+
+        Returns:
+            Masks by rank; a static model's are all ones.
+        """
+        gating: Gating = CompleteGating() if self.execution == "static" else ThresholdGating(self.keep_bias)
+        if hidden_states is not None:
+            labels = class_labels if class_labels is not None else self.null_labels(len(hidden_states))
+            _, routing = self.denoise(hidden_states, timestep, labels, executor=DenseExecutor(), gating=gating)
+            return routing
+        times = self.native_timestep(torch.as_tensor(timestep, device=self.device).reshape(-1))
+        widths = DenseExecutor().widths(list(self.blocks), times, self.t_embedder(times), gating)
+        ones = torch.ones(len(times), self.geometry.num_tokens, device=self.device)
+        return Routing(tuple(BlockRouting(width.heads, width.groups, ones) for width in widths))
+
+    def router_parameters(self) -> list[nn.Parameter]:
+        """Parameters of all routers."""
+        return [parameter for name, parameter in self.named_parameters() if "_router." in name]
+
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        """Trainable parameters of the static model."""
+        return [
+            parameter
+            for name, parameter in self.named_parameters()
+            if "_router." not in name and not name.startswith("pos_embed")
+        ]
+
+    # ------------------------------------------------------------------ forward
+
+    def native_timestep(self, timestep: Tensor) -> Tensor:
+        """Turn the caller's t into the embedder's."""
+        return timestep
+
+    def null_labels(self, batch: int) -> Tensor:
+        """(B,) labels of the null class."""
+        return torch.full((batch,), self.geometry.num_classes, device=self.device)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predict, with the keywords of diffusers' `DiTTransformer2DModel`.
+
+        Args:
+            hidden_states: (B, C_in, h, w).
+            timestep: (B,) or a number, in the family's own convention.
+            class_labels: (B,) integers; ``num_classes`` and above mean the null class, as does None.
+            return_dict: Whether to wrap the result.
+
+        Returns:
+            (B, C_out, h, w) as ``sample``, or in a tuple.
+        """
+        labels = class_labels if class_labels is not None else self.null_labels(len(hidden_states))
+        sample, _ = self.denoise(
+            hidden_states, timestep, labels, executor=self._executor, gating=ThresholdGating(self.keep_bias)
+        )
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def denoise(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor,
+        *,
+        executor: Executor | None = None,
+        gating: Gating | None = None,
+    ) -> tuple[Tensor, Routing]:
+        """Predict and say what was executed: the call of training, profiling and tests.
+
+        Args:
+            hidden_states: (B, C_in, h, w).
+            timestep: (B,) or a number.
+            class_labels: (B,) integers.
+            executor: How masks become arithmetic; the model's own by default.
+            gating: How logits become masks; thresholds with the model's ``keep_bias`` by default.
+
+        Returns:
+            The prediction (B, C_out, h, w) and the masks of every block.
+
+        Raises:
+            DyditError: If the input's size is not the model's.
+        """
+        executor = executor or self._executor
+        gating = gating or ThresholdGating(self.keep_bias)
+        self._check_input(hidden_states)
+        times = torch.as_tensor(timestep, device=hidden_states.device).reshape(-1).expand(len(hidden_states))
+        tokens = self.x_embedder(hidden_states.to(self.pos_embed.dtype)) + self.pos_embed
+        time_embedding = self.t_embedder(self.native_timestep(times))
+        condition = time_embedding + self.y_embedder(class_labels)
+        widths = executor.widths(list(self.blocks), times, time_embedding, gating)
+        decided = []
+        for index, (block, width) in enumerate(zip(self.blocks, widths, strict=True)):
+            arguments = (tokens, condition, width, executor, gating, index)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                tokens, keep = self._gradient_checkpointing_func(block, *arguments)
+            else:
+                tokens, keep = block(*arguments)
+            decided.append(BlockRouting(width.heads, width.groups, keep))
+        sample = self._unpatchify(self.final_layer(tokens, condition))
+        return self.native_prediction(sample), Routing(tuple(decided))
+
+    def native_prediction(self, sample: Tensor) -> Tensor:
+        """Turn the final layer's channels into what the caller expects."""
+        return sample
+
+    def _unpatchify(self, patches: Tensor) -> Tensor:
+        """(B, N, p * p * C_out) -> (B, C_out, h, w)."""
+        side, patch = self.geometry.sample_size // self.geometry.patch_size, self.geometry.patch_size
+        grid = patches.view(len(patches), side, side, patch, patch, self.geometry.out_channels)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, side * patch, side * patch)
+
+    def _check_input(self, hidden_states: Tensor) -> None:
+        expected = (self.geometry.in_channels, self.geometry.sample_size, self.geometry.sample_size)
+        if tuple(hidden_states.shape[1:]) != expected:
+            raise DyditError(
+                f"The model expects inputs of {'x'.join(map(str, expected))}, got {'x'.join(map(str, hidden_states.shape[1:]))}.",
+                why=f"Its position table has {self.geometry.num_tokens} entries and its patch embedder {expected[0]} channels.",
+                fix="Resize the input, or convert a checkpoint of that resolution.",
+            )
+
+
+def check_divides(divisor_name: str, divisor: int, number_name: str, number: int) -> None:
+    """Raise a `DyditError` that names the divisors unless ``divisor`` divides ``number``."""
+    if divisor > 0 and number % divisor == 0:
+        return
+    divisors = [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+    near = sorted(divisors, key=lambda candidate: abs(candidate - divisor))[:8]
+    raise DyditError(
+        f"{divisor} {divisor_name} do not divide the {number_name} of {number}.",
+        why=f"Every unit must be equally wide; near divisors of {number} are {', '.join(map(str, sorted(near)))}.",
+        fix="Choose one of these.",
+    )

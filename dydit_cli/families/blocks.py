@@ -1,0 +1,113 @@
+"""The bricks of DiT and SiT in the original repositories' layout (keys, shapes and order of operations).
+
+Written from the published architecture (Peebles & Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748); checked
+against outputs of the original implementation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dydit_cli.dynamic.gates import Gating
+from dydit_cli.dynamic.layers import DynamicAttention, DynamicMlp
+from dydit_cli.dynamic.routers import ChannelRouter, HeadRouter, TokenRouter
+from dydit_cli.execution.interface import BlockWidth, Executor, Modulation, modulate
+
+NORM_EPS = 1e-6
+FREQUENCY_SIZE = 256
+
+
+class PatchEmbedder(nn.Module):
+    """Cuts an image into patches and projects each: (B, C_in, h, w) -> (B, N, C)."""
+
+    def __init__(self, in_channels: int, hidden_size: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C_in, h, w) -> (B, N, C), rows of patches first."""
+        patches: Tensor = self.proj(images)
+        # Contiguous, because token gathering flattens batch and tokens in every block.
+        return patches.flatten(2).transpose(1, 2).contiguous()
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids of t, then an MLP; its output is the E_t that width routers read."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCY_SIZE, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        """(B,) t -> (B, C). Frequencies divide by ``half``, not by ``half - 1`` as in diffusers' DiT."""
+        half = FREQUENCY_SIZE // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=timestep.device)
+        frequencies = torch.exp(-math.log(10000) * exponents / half)
+        angles = timestep.float()[:, None] * frequencies[None]
+        sinusoids = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+        embedding: Tensor = self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
+        return embedding
+
+
+class LabelEmbedder(nn.Module):
+    """A table of class embeddings whose last row is the null class of classifier-free guidance."""
+
+    def __init__(self, num_classes: int, hidden_size: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """(B,) labels -> (B, C). Labels of ``num_classes`` and above mean the null class: stock pipelines send 1000."""
+        embedding: Tensor = self.embedding_table(labels.clamp(max=self.num_classes))
+        return embedding
+
+
+class FinalLayer(nn.Module):
+    """adaLN and the projection to patches of pixels: (B, N, C) -> (B, N, patch * patch * C_out)."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=NORM_EPS)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        """(B, N, C) tokens and (B, C) condition -> (B, N, patch * patch * C_out)."""
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
+        projected: Tensor = self.linear(modulate(self.norm_final(tokens), shift[:, None], scale[:, None]))
+        return projected
+
+
+class DynamicDiTBlock(nn.Module):
+    """An adaLN-Zero block whose heads, MLP groups and MLP tokens are dynamic.
+
+    Args:
+        hidden_size: C. num_heads: H. mlp_hidden: Hidden channels of the MLP. num_groups: G.
+        always_on: Whether the first head and group have no router row and are always on.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_hidden: int, num_groups: int, always_on: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=NORM_EPS)
+        self.attn = DynamicAttention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=NORM_EPS)
+        self.mlp = DynamicMlp(hidden_size, mlp_hidden, num_groups)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        self.head_router = HeadRouter(hidden_size, num_heads, always_on)
+        self.channel_router = ChannelRouter(hidden_size, num_groups, always_on)
+        self.token_router = TokenRouter(hidden_size)
+
+    def forward(
+        self, tokens: Tensor, condition: Tensor, width: BlockWidth, executor: Executor, gating: Gating, index: int
+    ) -> tuple[Tensor, Tensor]:
+        """(B, N, C) tokens, (B, C) condition -> ((B, N, C) tokens, (B, N) mask of the tokens that entered the MLP)."""
+        shift, scale, gate, *mlp_values = self.adaLN_modulation(condition).chunk(6, dim=1)
+        inputs = modulate(self.norm1(tokens), shift[:, None], scale[:, None])
+        tokens = tokens + gate[:, None] * executor.attend(self.attn, inputs, width)
+        keep = executor.select(self.token_router, tokens, gating, index)
+        tokens = executor.feed_forward(self, tokens, Modulation(*mlp_values), width, keep)
+        return tokens, keep

@@ -1,0 +1,86 @@
+"""What the rest of the package needs to know of a model family: a value, not a class tree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dydit_cli.families.backbone import DynamicTransformer
+
+ObjectiveKind = Literal["diffusion", "flow"]
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What a checkpoint's file cannot say and its user may.
+
+    Attributes:
+        num_heads: Attention heads, where the width is not a published one.
+        num_groups: Channel groups of the MLP; None means as many as heads.
+    """
+
+    num_heads: int | None = None
+    num_groups: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint read as a family's: the model's configuration, and its tensors under our keys.
+
+    Attributes:
+        config: Keyword arguments of the model class.
+        tensors: State dict without what is missing from a static file (routers, orders).
+        dynamic: Whether the file has routers already.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    dynamic: bool
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family of diffusion transformers.
+
+    Attributes:
+        name: As given to ``--family``.
+        title: For people.
+        reference_url: The original implementation.
+        objective: ``diffusion`` (noise prediction) or ``flow`` (velocity prediction).
+        model_class: The dynamic model.
+        pipeline_class: The same model in the convention of diffusers' pipelines.
+        presets: Size name -> configuration of the model class.
+        recognises: Whether a state dict could be of this family.
+        read: Turn a state dict in the original layout into a `Source`.
+        write: Turn a model's state dict into the original layout, routers as the authors name them.
+    """
+
+    name: str
+    title: str
+    reference_url: str
+    objective: ObjectiveKind
+    model_class: type[DynamicTransformer]
+    pipeline_class: type[DynamicTransformer]
+    presets: Mapping[str, Mapping[str, Any]]
+    recognises: Callable[[Mapping[str, Tensor]], bool]
+    read: Callable[[Mapping[str, Tensor], Hints], Source]
+    write: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+    def build(self, config: Mapping[str, Any]) -> DynamicTransformer:
+        """Make a model with unset weights of a configuration, routers at the paper's start."""
+        model = self.model_class(**config)
+        reset_routers(model)
+        return model
+
+
+def reset_routers(model: DynamicTransformer) -> None:
+    """Give every router the paper's start: xavier weights, biases at which everything is on."""
+    with torch.no_grad():
+        for block in model.blocks:
+            block.head_router.reset_parameters()
+            block.channel_router.reset_parameters()
+            block.token_router.reset_parameters()
