@@ -17,6 +17,7 @@ from dydit_cli.conversion.insertion import build_from, order_of, set_order
 from dydit_cli.conversion.order import Grouping, UnitOrder, order_units
 from dydit_cli.conversion.verification import Verification, verify
 from dydit_cli.data import open_data
+from dydit_cli.devices import find_device
 from dydit_cli.errors import DyditError, did_you_mean
 from dydit_cli.families.backbone import DynamicTransformer
 from dydit_cli.families.family import Family, Hints
@@ -68,6 +69,7 @@ def convert(
     importance_samples: int = 256,
     data: str | Path | None = None,
     seed: int = 0,
+    device: str = "auto",
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     recipe_yaml: str | None = None,
@@ -88,6 +90,7 @@ def convert(
         importance_samples: Samples of the Taylor ranking.
         data: Training data; only the Taylor ranking needs it.
         seed: Of routers, random and Taylor rankings.
+        device: Where the Taylor ranking runs.
         max_shard_size: Of the weight files.
         overwrite: Whether to replace ``out``.
         recipe_yaml: The resolved recipe, to be kept in the artifact.
@@ -109,7 +112,7 @@ def convert(
         # Trained routers address the units in the order that the file gives them.
         scores, order = None, order_of(model)
     else:
-        scores = rank(model, importance, samples=importance_samples, data=data, seed=seed, on_progress=say)
+        scores = rank(model, importance, samples=importance_samples, data=data, seed=seed, device=device, on_progress=say)
         order = order_units(scores.heads, scores.channels, model.geometry.num_groups, grouping)
         set_order(model, order)
     with artifact_folder(out, overwrite=overwrite) as folder:
@@ -148,8 +151,14 @@ def choose_family(checkpoint: Checkpoint, name: str) -> Family:
     """Return the family to read a checkpoint as.
 
     Raises:
-        DyditError: If the file is of none, not of the named one, or could be of several.
+        DyditError: If the file is of none, not of the named one, could be of several, or was converted already.
     """
+    if any("_router." in key for key in checkpoint.tensors):
+        raise DyditError(
+            f"{checkpoint.path} is dynamic already.",
+            why="It holds routers under dydit's own names: it is the weights of an artifact.",
+            fix="Pass its folder as --model to the next stage; to start over, convert the static checkpoint again.",
+        )
     candidates = candidate_families(checkpoint)
     if name != "auto":
         family = family_named(name)
@@ -186,6 +195,7 @@ def rank(
     samples: int,
     data: str | Path | None,
     seed: int,
+    device: str,
     on_progress: Progress,
 ) -> Importance:
     """Score the units of a model by a named ranking, or read scores from a file.
@@ -205,8 +215,8 @@ def rank(
                 fix="Pass --data, or --importance magnitude, which needs none.",
             )
         split = open_data(data, geometry=model.geometry)
-        model.requires_grad_(False)
-        return taylor(
+        model.requires_grad_(False).to(find_device(device))
+        scores = taylor(
             model,
             split.train,
             objective_for(model.family),
@@ -214,6 +224,8 @@ def rank(
             seed=seed,
             on_progress=lambda done, total: on_progress("ranking heads and channels", done, total),
         )
+        model.to("cpu")
+        return scores
     if Path(importance).exists():
         return read_importance(importance, model.geometry)
     raise DyditError(

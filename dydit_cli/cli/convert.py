@@ -1,0 +1,149 @@
+"""`dydit convert`: make a static checkpoint dynamic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dydit_cli.cli import console, stage
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dydit_cli.conversion.convert import ConversionReport
+    from dydit_cli.recipe.schema import ConvertSection
+
+EXAMPLES = (
+    "dydit convert --checkpoint builtin:dit_fmnist --out runs/c",
+    "dydit convert --checkpoint DiT-XL-2-256x256.pt --family dit --out runs/c",
+    "dydit convert dit-xl-2-256/full checkpoint=DiT-XL-2-256x256.pt",
+)
+
+
+def convert(
+    context: typer.Context,
+    arguments: stage.RecipeArguments = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="File (.pt, .safetensors), folder, or builtin:NAME.", metavar="FILE|DIR")
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="dit, sit, or auto.", show_default="auto")] = None,
+    num_heads: Annotated[
+        int | None, typer.Option(help="Attention heads, where the width is not a published one.")
+    ] = None,
+    num_groups: Annotated[
+        int | None, typer.Option(help="Channel groups of the MLP.", show_default="as many as heads")
+    ] = None,
+    grouping: Annotated[
+        str | None, typer.Option(help="sorted or contiguous channel groups.", show_default="sorted")
+    ] = None,
+    importance: Annotated[
+        str | None,
+        typer.Option(help="magnitude, taylor, random, or scores of an earlier conversion.", show_default="magnitude"),
+    ] = None,
+    importance_samples: Annotated[
+        int | None, typer.Option(help="Samples of the Taylor ranking.", show_default="256")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Training data, for the Taylor ranking alone.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of routers and rankings.", show_default="0")] = None,
+    device: Annotated[str | None, typer.Option(help="Where the Taylor ranking runs.", show_default="auto")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
+    overwrite: Annotated[
+        bool | None,
+        typer.Option("--overwrite/--no-overwrite", help="Replace an existing folder.", show_default="no-overwrite"),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Make a trained static DiT or SiT dynamic.
+
+    Ranks heads and MLP channels, inserts routers that start with everything switched on, and verifies that the result computes
+    what the checkpoint computes. The authors' dynamic DiT files are imported as they are.
+    """
+    from dydit_cli.recipe.schema import ConvertSection
+
+    request = stage.resolve(context, ConvertSection)
+    report = convert_with_progress(request.section, request.recipe.to_yaml())
+    if json:
+        from dataclasses import asdict
+
+        console.emit_json(asdict(report))
+        return
+    console.results().print(summary(report))
+    console.say(f"Written to {report.out}. Largest difference from the source: {_difference(report)}.")
+    if report.importance == "imported":
+        console.note("The file's trained routers were kept; the model is dynamic already.")
+        console.note(f"next: dydit profile --model {report.out}")
+        return
+    console.note(
+        "The model is not faster yet: every router starts with everything on. Fine-tuning teaches them what to leave out; "
+        "the paper trains DiT-S/2 for 50,000, DiT-B/2 for 100,000 and DiT-XL/2 for 150,000 to 200,000 steps of 256."
+    )
+    console.note(
+        f"next: dydit finetune --model {report.out} --data DATA --target-ratio 0.5 --steps 50000 --batch-size 256 --out "
+        f"{Path(report.out).parent / 'finetuned'}"
+    )
+
+
+def convert_with_progress(section: ConvertSection, recipe_yaml: str | None = None) -> ConversionReport:
+    """Run a conversion with a progress line on stderr; asks at a terminal for what the file cannot say."""
+    from dydit_cli.conversion.convert import convert as run
+
+    settings = section.model_dump(exclude={"family", "num_heads"})
+    family, num_heads = ask_what_the_file_cannot_say(section)
+    with console.progress() as progress:
+        task = progress.add_task("reading the checkpoint", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, completed=done, total=total if total > 1 else None)
+
+        return run(family=family, num_heads=num_heads, recipe_yaml=recipe_yaml, on_progress=show, **settings)
+
+
+def ask_what_the_file_cannot_say(section: ConvertSection) -> tuple[str, int | None]:
+    """Return family and heads, asked for where a person sits at the terminal and the file leaves them open."""
+    from dydit_cli.checkpoints import read_checkpoint
+    from dydit_cli.checkpoints.builtin import PREFIX
+    from dydit_cli.conversion.convert import candidate_families
+    from dydit_cli.families.original_dit import HEADS_BY_WIDTH
+
+    family, heads = section.family, section.num_heads
+    if section.checkpoint.startswith(PREFIX) or not console.is_interactive() or (family != "auto" and heads):
+        return family, heads
+    read = read_checkpoint(Path(section.checkpoint).expanduser())
+    candidates = [candidate.name for candidate in candidate_families(read)]
+    if family == "auto" and len(candidates) > 1:
+        family = console.ask("The file could be any of these; which was it trained as?", candidates) or family
+    if heads is None and candidates:
+        width = read.tensors["x_embedder.proj.weight"].shape[0]
+        if width not in HEADS_BY_WIDTH:
+            divisors = [str(count) for count in range(1, 65) if width % count == 0]
+            answer = console.ask(f"How many attention heads has it? (its {width} channels do not tell)", divisors)
+            heads = int(answer) if answer else None
+    return family, heads
+
+
+def summary(report: ConversionReport) -> Table:
+    """The report as a table."""
+    from rich.table import Table
+
+    geometry = report.geometry
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("model", f"{report.family}, {geometry['depth']} blocks of {geometry['hidden_size']} channels")
+    table.add_row("units", f"{geometry['num_heads']} heads and {geometry['num_groups']} channel groups a block")
+    table.add_row(
+        "input",
+        f"{geometry['in_channels']} x {geometry['sample_size']} x {geometry['sample_size']}, "
+        f"{geometry['num_tokens']} tokens, {geometry['num_classes']} classes",
+    )
+    added = report.params["routers"] / report.params["static"]
+    table.add_row("parameters", f"{report.params['static']:,} + {report.params['routers']:,} of routers (+{added:.2%})")
+    table.add_row("static cost", f"{report.static_gmacs:.4g} GMACs a forward pass (the paper's FLOPs are MACs)")
+    table.add_row("ranking", report.importance)
+    table.add_row("lowest target", f"{report.ratio_floor:.3f} of attention and MLP MACs")
+    return table
+
+
+def _difference(report: ConversionReport) -> str:
+    check = report.verification
+    return f"{check.weights:.1e} in weights, {check.dense:.1e} dense, {check.compact:.1e} compact (fp32, relative to the output)"
