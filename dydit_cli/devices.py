@@ -21,11 +21,15 @@ def find_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise DyditError(
-            f"'{name}' is not a device.", why="Devices are cpu, cuda, cuda:N and mps.", fix="Pass one of these, or auto."
+            f"'{name}' is not a device.",
+            why="Devices are cpu, cuda, cuda:N and mps.",
+            fix="Pass one of these, or auto.",
         ) from error
     if device.type == "cpu":
         return device
-    present = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 0)
+    present = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(
+        device.type, 0
+    )
     if (device.index or 0) >= present:
         raise DyditError(
             f"The device '{name}' is not there.",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from dydit_cli.dynamic.geometry import Geometry
@@ -77,12 +78,12 @@ def executed_ratio(routing: Routing, geometry: Geometry) -> Tensor:
     Source: DyDiT, section 3.4 (F_dynamic / F_static), with routers, embeddings and modulation left out as there.
     """
     attention, mlp = attention_macs(geometry), mlp_macs(geometry)
-    executed = sum(
+    executed = [
         attention * block.heads.float().mean(dim=1)
         + mlp * block.groups.float().mean(dim=1) * block.tokens.float().mean(dim=1)
         for block in routing.blocks
-    )
-    return executed / (len(routing.blocks) * (attention + mlp))
+    ]
+    return torch.stack(executed).mean(dim=0) / (attention + mlp)
 
 
 def ratio_floor(geometry: Geometry) -> float:
@@ -114,7 +115,9 @@ def macs_of(geometry: Geometry, routing: Routing | None = None) -> MacsReport:
     return MacsReport(
         attention=depth * attention_macs(geometry) * heads,
         mlp=depth * mlp_macs(geometry) * mlp_share,
-        embeddings=float(tokens * patch_area * geometry.in_channels * channels + FREQUENCY_SIZE * channels + channels**2),
+        embeddings=float(
+            tokens * patch_area * geometry.in_channels * channels + FREQUENCY_SIZE * channels + channels**2
+        ),
         modulation=float((6 * depth + 2) * channels**2),
         final=float(tokens * channels * patch_area * geometry.out_channels),
         layernorm=LAYERNORM_MACS * tokens * channels * (depth * (1 + kept) + 1),

@@ -98,7 +98,9 @@ def load_model(
     model_class = family_named(stored.family).model_class if convention == "native" else stored
     folder = model_folder(path)
     try:
-        model: DynamicTransformer = model_class.from_pretrained(str(folder), torch_dtype=torch_dtype or torch.float32)
+        model: DynamicTransformer = model_class.from_pretrained(
+            str(folder), torch_dtype=torch_dtype or torch.float32
+        )
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise DyditError(
             f"The weights in {folder} cannot be loaded.",
@@ -124,4 +126,6 @@ def load_for_training(path: str | Path, device: torch.device | str | None = None
 
 
 def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[
+        :200
+    ]

@@ -104,7 +104,9 @@ def write_manifest(
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "commit": source_commit(),
-        "weights_sha256": weights_hash(folder) if any(folder.glob("diffusion_pytorch_model*.safetensors")) else None,
+        "weights_sha256": weights_hash(folder)
+        if any(folder.glob("diffusion_pytorch_model*.safetensors"))
+        else None,
     }
     write_json(folder / NAME, content)
     return content

@@ -20,7 +20,9 @@ def save_model(model: DynamicTransformer, folder: str | Path, max_shard_size: st
     """
     if not SIZE.match(max_shard_size):
         raise DyditError(
-            f"'{max_shard_size}' is not a shard size.", why="A number and KB, MB or GB are expected.", fix="Write it like 5GB."
+            f"'{max_shard_size}' is not a shard size.",
+            why="A number and KB, MB or GB are expected.",
+            fix="Write it like 5GB.",
         )
     with writing(Path(folder)):
         model.save_pretrained(str(folder), max_shard_size=max_shard_size, safe_serialization=True)

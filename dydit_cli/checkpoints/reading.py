@@ -78,7 +78,9 @@ def _read_folder(folder: Path) -> Checkpoint:
         if index.exists():
             return Checkpoint(folder, _strip_prefixes(_read_shards(index)), "", "safetensors")
     candidates = sorted(
-        entry for entry in folder.iterdir() if entry.suffix == ".safetensors" or entry.suffix in TORCH_SUFFIXES
+        entry
+        for entry in folder.iterdir()
+        if entry.suffix == ".safetensors" or entry.suffix in TORCH_SUFFIXES
     )
     named = [entry for entry in candidates if entry.stem in WEIGHT_NAMES]
     chosen = named or candidates
@@ -128,14 +130,26 @@ def _read_torch(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported operand" in str(error) or "GLOBAL" in str(error):
+        if (
+            "Unsupported global" in str(error)
+            or "Unsupported operand" in str(error)
+            or "GLOBAL" in str(error)
+        ):
             raise DyditError(
                 f"{path} holds more than weights, and was not loaded.",
                 why=f"Loading it would run code: {_first_global(str(error))}. Checkpoints are treated as data.",
                 fix="Ask for a .safetensors file, or save its state dict alone with torch.save where you trust it.",
             ) from error
         raise _unreadable(path, error) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        UnicodeDecodeError,
+    ) as error:
         raise _unreadable(path, error) from error
 
 
@@ -143,7 +157,9 @@ def _first_global(message: str) -> str:
     """The name of the offending object in torch's message."""
     for line in message.splitlines():
         if "GLOBAL" in line or "Unsupported global" in line:
-            words = [word for word in line.replace("`", " ").split() if "." in word and not word.endswith(".")]
+            words = [
+                word for word in line.replace("`", " ").split() if "." in word and not word.endswith(".")
+            ]
             if words:
                 return f"it names {words[0]}"
     return "it names objects that are not tensors"
@@ -151,9 +167,10 @@ def _first_global(message: str) -> str:
 
 def _unreadable(path: Path, error: Exception) -> DyditError:
     size = path.stat().st_size if path.exists() else 0
+    said = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
     return DyditError(
         f"{path} cannot be read as a checkpoint.",
-        why=f"The file is cut short or damaged, or not a checkpoint: {size:,} bytes, {str(error).splitlines()[0][:160] if str(error) else type(error).__name__}.",
+        why=f"The file is cut short or damaged, or not a checkpoint: {size:,} bytes, {said}.",
         fix="Compare its size with the source's and copy or download it again.",
     )
 

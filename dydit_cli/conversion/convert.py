@@ -12,7 +12,15 @@ from dydit_cli.artifacts import artifact_folder, save_model, write_json, write_m
 from dydit_cli.artifacts.writing import refuse_existing
 from dydit_cli.checkpoints import Checkpoint, read_checkpoint
 from dydit_cli.checkpoints.builtin import PREFIX, builtin_models, builtin_path
-from dydit_cli.conversion.importance import RANKINGS, Importance, magnitude, random, read_importance, taylor, write_importance
+from dydit_cli.conversion.importance import (
+    RANKINGS,
+    Importance,
+    magnitude,
+    random,
+    read_importance,
+    taylor,
+    write_importance,
+)
 from dydit_cli.conversion.insertion import build_from, order_of, set_order
 from dydit_cli.conversion.order import Grouping, UnitOrder, order_units
 from dydit_cli.conversion.verification import Verification, verify
@@ -112,7 +120,15 @@ def convert(
         # Trained routers address the units in the order that the file gives them.
         scores, order = None, order_of(model)
     else:
-        scores = rank(model, importance, samples=importance_samples, data=data, seed=seed, device=device, on_progress=say)
+        scores = rank(
+            model,
+            importance,
+            samples=importance_samples,
+            data=data,
+            seed=seed,
+            device=device,
+            on_progress=say,
+        )
         order = order_units(scores.heads, scores.channels, model.geometry.num_groups, grouping)
         set_order(model, order)
     with artifact_folder(out, overwrite=overwrite) as folder:

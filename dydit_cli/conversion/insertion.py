@@ -35,7 +35,9 @@ def build_from(family: Family, source: Source, seed: int) -> DynamicTransformer:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = family.build(source.config)
-    tensors = {key: tensor if key.endswith("_order") else tensor.float() for key, tensor in source.tensors.items()}
+    tensors = {
+        key: tensor if key.endswith("_order") else tensor.float() for key, tensor in source.tensors.items()
+    }
     check_fit(family, model.state_dict(), tensors, source)
     model.load_state_dict(tensors, strict=False)
     return model.eval()
@@ -76,13 +78,13 @@ def check_fit(
 @torch.no_grad()
 def set_order(model: DynamicTransformer, order: UnitOrder) -> None:
     """Write the order of units beside the layers; the weights stay where they are."""
-    for block, heads, channels in zip(model.blocks, order.heads, order.channels, strict=True):
+    for block, heads, channels in zip(model.dynamic_blocks, order.heads, order.channels, strict=True):
         block.attn.head_order.copy_(heads)
         block.mlp.channel_order.copy_(channels)
 
 
 def order_of(model: DynamicTransformer) -> UnitOrder:
     """Read the order that a model holds."""
-    heads = torch.stack([block.attn.head_order for block in model.blocks])
-    channels = torch.stack([block.mlp.channel_order for block in model.blocks])
+    heads = torch.stack([block.attn.head_order for block in model.dynamic_blocks])
+    channels = torch.stack([block.mlp.channel_order for block in model.dynamic_blocks])
     return UnitOrder(heads.clone(), channels.clone(), model.geometry.num_groups, "sorted")

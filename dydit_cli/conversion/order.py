@@ -28,7 +28,9 @@ class UnitOrder:
     grouping: Grouping
 
 
-def order_units(head_scores: Tensor, channel_scores: Tensor, num_groups: int, grouping: Grouping) -> UnitOrder:
+def order_units(
+    head_scores: Tensor, channel_scores: Tensor, num_groups: int, grouping: Grouping
+) -> UnitOrder:
     """Order heads by score, and cut channels into groups of equal size.
 
     ``sorted`` sorts the channels first, so that groups are unequal on purpose: the first holds the most important channels, the
@@ -47,5 +49,7 @@ def order_units(head_scores: Tensor, channel_scores: Tensor, num_groups: int, gr
     else:
         stored = torch.arange(channel_scores.shape[1]).view(num_groups, -1)
         sums = channel_scores.unflatten(1, (num_groups, -1)).sum(dim=2)
-        channels = torch.stack([stored[groups].flatten() for groups in sums.sort(dim=1, descending=True, stable=True).indices])
+        channels = torch.stack(
+            [stored[groups].flatten() for groups in sums.sort(dim=1, descending=True, stable=True).indices]
+        )
     return UnitOrder(heads, channels, num_groups, grouping)

@@ -51,7 +51,9 @@ def verify(folder: Path, tensors: Mapping[str, Tensor], seed: int) -> Verificati
     """
     model = load_model(folder, execution="static")
     state = model.state_dict()
-    weights = max(float((state[key].double() - tensor.double()).abs().max()) for key, tensor in tensors.items())
+    weights = max(
+        float((state[key].double() - tensor.double()).abs().max()) for key, tensor in tensors.items()
+    )
     with torch.no_grad():
         static = _run(model, StaticExecutor(), CompleteGating(), seed)
         complete = _run(model, DenseExecutor(), CompleteGating(), seed)
@@ -73,10 +75,17 @@ def verify(folder: Path, tensors: Mapping[str, Tensor], seed: int) -> Verificati
     return result
 
 
-def _run(model: DynamicTransformer, executor: StaticExecutor | DenseExecutor | CompactExecutor, gating: Gating, seed: int) -> Tensor:
+def _run(
+    model: DynamicTransformer,
+    executor: StaticExecutor | DenseExecutor | CompactExecutor,
+    gating: Gating,
+    seed: int,
+) -> Tensor:
     geometry = model.geometry
     shape = (SAMPLES, geometry.in_channels, geometry.sample_size, geometry.sample_size)
     times = objective_for(model.family).grid(SAMPLES)
     labels = torch.arange(SAMPLES) % (geometry.num_classes + 1)
-    prediction, _ = model.denoise(normal(seed, shape, "verify"), times, labels, executor=executor, gating=gating)
+    prediction, _ = model.denoise(
+        normal(seed, shape, "verify"), times, labels, executor=executor, gating=gating
+    )
     return prediction

@@ -100,10 +100,17 @@ class RoutingNoise:
 
     @classmethod
     def draw(
-        cls, geometry: Geometry, seed: int, step: int, indices: Sequence[int], device: torch.device | str | None = None
+        cls,
+        geometry: Geometry,
+        seed: int,
+        step: int,
+        indices: Sequence[int],
+        device: torch.device | str | None = None,
     ) -> RoutingNoise:
         """Draw the noise of the samples with the global ``indices`` at ``step``; a function of its arguments alone."""
-        sizes = [geometry.depth * size for size in (geometry.num_heads, geometry.num_groups, geometry.num_tokens)]
+        sizes = [
+            geometry.depth * size for size in (geometry.num_heads, geometry.num_groups, geometry.num_tokens)
+        ]
         rows = [torch.rand(sum(sizes), generator=generator(seed, "gumbel", step, index)) for index in indices]
         # log(u / (1 - u)) has the law of g1 - g2; u is kept off 0 and 1, where it would be infinite.
         uniform = torch.stack(rows).clamp(1e-7, 1 - 1e-7)

@@ -50,7 +50,9 @@ class WidthRouter(nn.Module):
         """Put the always-on unit in front of a (B, R) mask -> (B, units); a mask that has it already passes unchanged."""
         if mask.shape[1] == self.units:
             return mask
-        return torch.cat([torch.ones_like(mask[:, :1]) if mask.shape[1] else mask.new_ones(len(mask), 1), mask], dim=1)
+        return torch.cat(
+            [torch.ones_like(mask[:, :1]) if mask.shape[1] else mask.new_ones(len(mask), 1), mask], dim=1
+        )
 
 
 class HeadRouter(WidthRouter):

@@ -88,14 +88,21 @@ class CompactExecutor:
         return self._plan
 
     def make_plan(
-        self, blocks: Sequence[DynamicBlock], timesteps: Tensor, time_embeddings: Tensor, gating: ThresholdGating
+        self,
+        blocks: Sequence[DynamicBlock],
+        timesteps: Tensor,
+        time_embeddings: Tensor,
+        gating: ThresholdGating,
     ) -> WidthPlan:
         """Decide the widths of the (S,) ``timesteps`` with their (S, C) embeddings in one call and use them from now on."""
         widths = [
-            BlockWidth(width.heads.cpu(), width.groups.cpu()) for width in live_widths(blocks, time_embeddings, gating)
+            BlockWidth(width.heads.cpu(), width.groups.cpu())
+            for width in live_widths(blocks, time_embeddings, gating)
         ]
         entries = {
-            float(t): [BlockWidth(width.heads[step : step + 1], width.groups[step : step + 1]) for width in widths]
+            float(t): [
+                BlockWidth(width.heads[step : step + 1], width.groups[step : step + 1]) for width in widths
+            ]
             for step, t in enumerate(timesteps.tolist())
         }
         self._plan = WidthPlan(gating.keep_bias, entries, source=self._plan_source(blocks))
@@ -103,7 +110,9 @@ class CompactExecutor:
 
     @staticmethod
     def _plan_source(blocks: Sequence[DynamicBlock]) -> tuple[object, ...]:
-        return tuple(stamp_of(router) for block in blocks for router in (block.head_router, block.channel_router))
+        return tuple(
+            stamp_of(router) for block in blocks for router in (block.head_router, block.channel_router)
+        )
 
     def widths(
         self, blocks: Sequence[DynamicBlock], timestep: Tensor, time_embedding: Tensor, gating: Gating
@@ -116,10 +125,17 @@ class CompactExecutor:
         live = live_widths(blocks, time_embedding, gating)
         # One transfer to the host for all blocks, not two a block.
         sizes = [size for width in live for size in (width.heads.shape[1], width.groups.shape[1])]
-        flat = torch.cat([mask for width in live for mask in (width.heads, width.groups)], dim=1).detach().cpu()
+        flat = (
+            torch.cat([mask for width in live for mask in (width.heads, width.groups)], dim=1).detach().cpu()
+        )
         masks = flat.split(sizes, dim=1)
         return [
-            CompactWidth(width.heads, width.groups, parts_of(masks[2 * index], device), parts_of(masks[2 * index + 1], device))
+            CompactWidth(
+                width.heads,
+                width.groups,
+                parts_of(masks[2 * index], device),
+                parts_of(masks[2 * index + 1], device),
+            )
             for index, width in enumerate(live)
         ]
 
@@ -136,7 +152,11 @@ class CompactExecutor:
 
     def attend(self, attention: DynamicAttention, inputs: Tensor, width: BlockWidth) -> Tensor:
         """See `Executor`."""
-        parts = width.head_parts if isinstance(width, CompactWidth) else parts_of(width.heads.cpu(), inputs.device)
+        parts = (
+            width.head_parts
+            if isinstance(width, CompactWidth)
+            else parts_of(width.heads.cpu(), inputs.device)
+        )
         if len(parts) == 1:
             return self._attend(attention, inputs, parts[0].active)
         output = torch.empty_like(inputs)
@@ -150,7 +170,9 @@ class CompactExecutor:
         if not active:
             return weights.leave_bias.expand(batch, length, channels)
         qkv = F.linear(inputs, weights.entry, weights.entry_bias)
-        query, key, value = qkv.view(batch, length, len(active), 3, attention.head_dim).permute(3, 0, 2, 1, 4).unbind(0)
+        query, key, value = (
+            qkv.view(batch, length, len(active), 3, attention.head_dim).permute(3, 0, 2, 1, 4).unbind(0)
+        )
         mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(batch * length, -1)
         return torch.addmm(weights.leave_bias, mixed, weights.leave).view(batch, length, channels)
 
@@ -162,7 +184,11 @@ class CompactExecutor:
         self, block: DynamicBlock, tokens: Tensor, modulation: Modulation, width: BlockWidth, keep: Tensor
     ) -> Tensor:
         """See `Executor`."""
-        parts = width.group_parts if isinstance(width, CompactWidth) else parts_of(width.groups.cpu(), tokens.device)
+        parts = (
+            width.group_parts
+            if isinstance(width, CompactWidth)
+            else parts_of(width.groups.cpu(), tokens.device)
+        )
         output = tokens
         for part in parts:
             weights = self._store.slice(block.mlp, part.active)
@@ -175,7 +201,13 @@ class CompactExecutor:
         return output
 
     def _feed_forward(
-        self, block: DynamicBlock, tokens: Tensor, output: Tensor, modulation: Modulation, weights: Slice, kept: Tensor
+        self,
+        block: DynamicBlock,
+        tokens: Tensor,
+        output: Tensor,
+        modulation: Modulation,
+        weights: Slice,
+        kept: Tensor,
     ) -> Tensor:
         """Add the MLP's update of the kept tokens (B, N) to ``output``."""
         batch, length, channels = tokens.shape

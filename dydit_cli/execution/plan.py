@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -22,7 +22,7 @@ class WidthPlan:
     """
 
     keep_bias: float
-    entries: dict[float, Sequence[BlockWidth]]
+    entries: Mapping[float, Sequence[BlockWidth]]
     source: tuple[object, ...] = ()
     hits: int = field(default=0)
     misses: int = field(default=0)

@@ -7,6 +7,7 @@ masks; both come from outside.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -19,7 +20,13 @@ from dydit_cli.dynamic.geometry import Geometry
 from dydit_cli.dynamic.routing import BlockRouting, Routing
 from dydit_cli.errors import DyditError
 from dydit_cli.execution import CompactExecutor, DenseExecutor, Executor, WidthPlan, executor_named
-from dydit_cli.families.blocks import DynamicDiTBlock, FinalLayer, LabelEmbedder, PatchEmbedder, TimestepEmbedder
+from dydit_cli.families.blocks import (
+    DynamicDiTBlock,
+    FinalLayer,
+    LabelEmbedder,
+    PatchEmbedder,
+    TimestepEmbedder,
+)
 
 
 class DynamicTransformer(ModelMixin, ConfigMixin):
@@ -43,9 +50,9 @@ class DynamicTransformer(ModelMixin, ConfigMixin):
         DyditError: If the numbers do not fit together.
     """
 
-    family = ""
+    family: ClassVar[str] = ""
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["DynamicDiTBlock"]
+    _no_split_modules: ClassVar[list[str]] = ["DynamicDiTBlock"]
 
     @register_to_config
     def __init__(
@@ -70,7 +77,9 @@ class DynamicTransformer(ModelMixin, ConfigMixin):
         check_divides("channel groups", groups, "MLP's hidden size", mlp_hidden)
         check_divides("patch size", patch_size, "sample size", sample_size)
         computed = 2 * in_channels if learn_sigma else in_channels
-        self.register_to_config(mlp_hidden_size=mlp_hidden, num_groups=groups, out_channels=self.channels_returned(computed))
+        self.register_to_config(
+            mlp_hidden_size=mlp_hidden, num_groups=groups, out_channels=self.channels_returned(computed)
+        )
         self.geometry = Geometry(
             hidden_size=hidden_size,
             depth=num_layers,
@@ -89,9 +98,12 @@ class DynamicTransformer(ModelMixin, ConfigMixin):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         # A parameter without gradient, as in the original: it is part of its files.
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.geometry.num_tokens, hidden_size), requires_grad=False)
+        self.pos_embed = nn.Parameter(
+            torch.zeros(1, self.geometry.num_tokens, hidden_size), requires_grad=False
+        )
         self.blocks = nn.ModuleList(
-            DynamicDiTBlock(hidden_size, num_attention_heads, mlp_hidden, groups, always_on) for _ in range(num_layers)
+            DynamicDiTBlock(hidden_size, num_attention_heads, mlp_hidden, groups, always_on)
+            for _ in range(num_layers)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, computed)
         self.gradient_checkpointing = False
@@ -101,6 +113,11 @@ class DynamicTransformer(ModelMixin, ConfigMixin):
     def channels_returned(self, computed: int) -> int:
         """How many of the final layer's channels a forward returns."""
         return computed
+
+    @property
+    def dynamic_blocks(self) -> list[DynamicDiTBlock]:
+        """The blocks in their order, with their type."""
+        return cast(list[DynamicDiTBlock], list(self.blocks))
 
     # ------------------------------------------------------------------ routing and execution
 
@@ -144,7 +161,9 @@ class DynamicTransformer(ModelMixin, ConfigMixin):
         values = torch.as_tensor(timesteps, device=self.device).flatten()
         with torch.no_grad():
             embeddings = self.t_embedder(self.native_timestep(values))
-            return executor.make_plan(list(self.blocks), values, embeddings, ThresholdGating(self.keep_bias))
+            return executor.make_plan(
+                self.dynamic_blocks, values, embeddings, ThresholdGating(self.keep_bias)
+            )
 
     @torch.no_grad()
     def routing(
@@ -166,10 +185,12 @@ class DynamicTransformer(ModelMixin, ConfigMixin):
         gating: Gating = CompleteGating() if self.execution == "static" else ThresholdGating(self.keep_bias)
         if hidden_states is not None:
             labels = class_labels if class_labels is not None else self.null_labels(len(hidden_states))
-            _, routing = self.denoise(hidden_states, timestep, labels, executor=DenseExecutor(), gating=gating)
+            _, routing = self.denoise(
+                hidden_states, timestep, labels, executor=DenseExecutor(), gating=gating
+            )
             return routing
         times = self.native_timestep(torch.as_tensor(timestep, device=self.device).reshape(-1))
-        widths = DenseExecutor().widths(list(self.blocks), times, self.t_embedder(times), gating)
+        widths = DenseExecutor().widths(self.dynamic_blocks, times, self.t_embedder(times), gating)
         ones = torch.ones(len(times), self.geometry.num_tokens, device=self.device)
         return Routing(tuple(BlockRouting(width.heads, width.groups, ones) for width in widths))
 
@@ -250,9 +271,9 @@ class DynamicTransformer(ModelMixin, ConfigMixin):
         tokens = self.x_embedder(hidden_states.to(self.pos_embed.dtype)) + self.pos_embed
         time_embedding = self.t_embedder(self.native_timestep(times))
         condition = time_embedding + self.y_embedder(class_labels)
-        widths = executor.widths(list(self.blocks), times, time_embedding, gating)
+        widths = executor.widths(self.dynamic_blocks, times, time_embedding, gating)
         decided = []
-        for index, (block, width) in enumerate(zip(self.blocks, widths, strict=True)):
+        for index, (block, width) in enumerate(zip(self.dynamic_blocks, widths, strict=True)):
             arguments = (tokens, condition, width, executor, gating, index)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens, keep = self._gradient_checkpointing_func(block, *arguments)

@@ -39,7 +39,9 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCY_SIZE, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.mlp = nn.Sequential(
+            nn.Linear(FREQUENCY_SIZE, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
 
     def forward(self, timestep: Tensor) -> Tensor:
         """(B,) t -> (B, C). Frequencies divide by ``half``, not by ``half - 1`` as in diffusers' DiT."""
@@ -48,7 +50,7 @@ class TimestepEmbedder(nn.Module):
         frequencies = torch.exp(-math.log(10000) * exponents / half)
         angles = timestep.float()[:, None] * frequencies[None]
         sinusoids = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
-        embedding: Tensor = self.mlp(sinusoids.to(self.mlp[0].weight.dtype))
+        embedding: Tensor = self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))
         return embedding
 
 
@@ -90,7 +92,9 @@ class DynamicDiTBlock(nn.Module):
         always_on: Whether the first head and group have no router row and are always on.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_hidden: int, num_groups: int, always_on: bool) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_hidden: int, num_groups: int, always_on: bool
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=NORM_EPS)
         self.attn = DynamicAttention(hidden_size, num_heads)
@@ -102,7 +106,13 @@ class DynamicDiTBlock(nn.Module):
         self.token_router = TokenRouter(hidden_size)
 
     def forward(
-        self, tokens: Tensor, condition: Tensor, width: BlockWidth, executor: Executor, gating: Gating, index: int
+        self,
+        tokens: Tensor,
+        condition: Tensor,
+        width: BlockWidth,
+        executor: Executor,
+        gating: Gating,
+        index: int,
     ) -> tuple[Tensor, Tensor]:
         """(B, N, C) tokens, (B, C) condition -> ((B, N, C) tokens, (B, N) mask of the tokens that entered the MLP)."""
         shift, scale, gate, *mlp_values = self.adaLN_modulation(condition).chunk(6, dim=1)

@@ -80,7 +80,7 @@ class Family:
 def reset_routers(model: DynamicTransformer) -> None:
     """Give every router the paper's start: xavier weights, biases at which everything is on."""
     with torch.no_grad():
-        for block in model.blocks:
+        for block in model.dynamic_blocks:
             block.head_router.reset_parameters()
             block.channel_router.reset_parameters()
             block.token_router.reset_parameters()

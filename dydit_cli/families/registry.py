@@ -56,7 +56,9 @@ SIT = Family(
     pipeline_class=DySiTPipelineTransformer2DModel,
     presets=published_sizes(learn_sigma=True),
     # The authors released a dynamic DiT and no dynamic SiT.
-    recognises=lambda tensors: original_dit.recognises(tensors) and not original_dit.has_authors_routers(tensors),
+    recognises=lambda tensors: (
+        original_dit.recognises(tensors) and not original_dit.has_authors_routers(tensors)
+    ),
     read=original_dit.read,
     write=original_dit.write,
 )
@@ -88,7 +90,9 @@ def family_of(model: DynamicTransformer) -> Family:
 
 def class_named(name: str) -> type[DynamicTransformer] | None:
     """Return the model class with the name that a ``config.json`` records, or None."""
-    classes = {cls.__name__: cls for family in FAMILIES for cls in (family.model_class, family.pipeline_class)}
+    classes = {
+        cls.__name__: cls for family in FAMILIES for cls in (family.model_class, family.pipeline_class)
+    }
     return classes.get(name)
 
 
@@ -98,7 +102,11 @@ def preset_named(name: str) -> tuple[Family, dict[str, Any]]:
     Raises:
         DyditError: If there is none, with the nearest name.
     """
-    presets = {f"{family.name}-{size}": (family, dict(config)) for family in FAMILIES for size, config in family.presets.items()}
+    presets = {
+        f"{family.name}-{size}": (family, dict(config))
+        for family in FAMILIES
+        for size, config in family.presets.items()
+    }
     if name.lower() in presets:
         return presets[name.lower()]
     raise DyditError(

@@ -17,7 +17,7 @@ def magnitude(model: DynamicTransformer) -> Importance:
     """Score all heads and channels of ``model`` by their weights."""
     geometry = model.geometry
     heads, channels = [], []
-    for block in model.blocks:
+    for block in model.dynamic_blocks:
         value = block.attn.qkv.weight.float()[2 * geometry.hidden_size :]
         value_norms = value.view(geometry.num_heads, -1).norm(dim=1)
         output = block.attn.proj.weight.float().view(-1, geometry.num_heads, geometry.head_dim)

@@ -31,10 +31,12 @@ class GateProbe(StaticExecutor):
 
     def __init__(self, model: DynamicTransformer, batch: int) -> None:
         geometry = model.geometry
-        self.head_gates = [self._ones(model, batch, geometry.num_heads) for _ in model.blocks]
-        self.channel_gates = [self._ones(model, batch, geometry.mlp_hidden) for _ in model.blocks]
+        self.head_gates = [self._ones(model, batch, geometry.num_heads) for _ in model.dynamic_blocks]
+        self.channel_gates = [self._ones(model, batch, geometry.mlp_hidden) for _ in model.dynamic_blocks]
         self._gate_of: dict[nn.Module, Tensor] = {}
-        for block, heads, channels in zip(model.blocks, self.head_gates, self.channel_gates, strict=True):
+        for block, heads, channels in zip(
+            model.dynamic_blocks, self.head_gates, self.channel_gates, strict=True
+        ):
             self._gate_of[block.attn] = heads
             self._gate_of[block.mlp] = channels
 
@@ -83,7 +85,9 @@ def taylor(
         indices = list(range(start, min(start + batch_size, len(chosen))))
         clean = source.batch([chosen[index] for index in indices]).to(device)
         labels = source.labels[[chosen[index] for index in indices]].to(device)
-        noise = torch.stack([normal(seed, tuple(clean.shape[1:]), "taylor-noise", index) for index in indices]).to(device)
+        noise = torch.stack(
+            [normal(seed, tuple(clean.shape[1:]), "taylor-noise", index) for index in indices]
+        ).to(device)
         uniforms = torch.stack([uniform(seed, (), "taylor-t", index) for index in indices])
         times = objective.draw_timesteps(uniforms, indices).to(device)
         probe = GateProbe(model, len(indices))
