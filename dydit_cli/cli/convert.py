@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dydit_cli.cli import console, stage
+from dydit_cli.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,7 +27,8 @@ def convert(
     context: typer.Context,
     arguments: stage.RecipeArguments = None,
     checkpoint: Annotated[
-        str | None, typer.Option(help="File (.pt, .safetensors), folder, or builtin:NAME.", metavar="FILE|DIR")
+        str | None,
+        typer.Option(help="File (.pt, .safetensors), folder, or builtin:NAME.", metavar="FILE|DIR"),
     ] = None,
     family: Annotated[str | None, typer.Option(help="dit, sit, or auto.", show_default="auto")] = None,
     num_heads: Annotated[
@@ -40,18 +42,24 @@ def convert(
     ] = None,
     importance: Annotated[
         str | None,
-        typer.Option(help="magnitude, taylor, random, or scores of an earlier conversion.", show_default="magnitude"),
+        typer.Option(
+            help="magnitude, taylor, random, or scores of an earlier conversion.", show_default="magnitude"
+        ),
     ] = None,
     importance_samples: Annotated[
         int | None, typer.Option(help="Samples of the Taylor ranking.", show_default="256")
     ] = None,
     data: Annotated[str | None, typer.Option(help="Training data, for the Taylor ranking alone.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of routers and rankings.", show_default="0")] = None,
-    device: Annotated[str | None, typer.Option(help="Where the Taylor ranking runs.", show_default="auto")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where the Taylor ranking runs.", show_default="auto")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
     overwrite: Annotated[
         bool | None,
-        typer.Option("--overwrite/--no-overwrite", help="Replace an existing folder.", show_default="no-overwrite"),
+        typer.Option(
+            "--overwrite/--no-overwrite", help="Replace an existing folder.", show_default="no-overwrite"
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -91,7 +99,7 @@ def convert_with_progress(section: ConvertSection, recipe_yaml: str | None = Non
 
     settings = section.model_dump(exclude={"family", "num_heads"})
     family, num_heads = ask_what_the_file_cannot_say(section)
-    with console.progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("reading the checkpoint", total=None)
 
         def show(what: str, done: int, total: int) -> None:
@@ -107,8 +115,10 @@ def ask_what_the_file_cannot_say(section: ConvertSection) -> tuple[str, int | No
     from dydit_cli.conversion.convert import candidate_families
     from dydit_cli.families.original_dit import HEADS_BY_WIDTH
 
-    family, heads = section.family, section.num_heads
-    if section.checkpoint.startswith(PREFIX) or not console.is_interactive() or (family != "auto" and heads):
+    family: str = section.family
+    heads = section.num_heads
+    settled = family != "auto" and heads is not None
+    if settled or section.checkpoint.startswith(PREFIX) or not console.can_ask():
         return family, heads
     read = read_checkpoint(Path(section.checkpoint).expanduser())
     candidates = [candidate.name for candidate in candidate_families(read)]
@@ -118,7 +128,9 @@ def ask_what_the_file_cannot_say(section: ConvertSection) -> tuple[str, int | No
         width = read.tensors["x_embedder.proj.weight"].shape[0]
         if width not in HEADS_BY_WIDTH:
             divisors = [str(count) for count in range(1, 65) if width % count == 0]
-            answer = console.ask(f"How many attention heads has it? (its {width} channels do not tell)", divisors)
+            answer = console.ask(
+                f"How many attention heads has it? (its {width} channels do not tell)", divisors
+            )
             heads = int(answer) if answer else None
     return family, heads
 
@@ -129,16 +141,24 @@ def summary(report: ConversionReport) -> Table:
 
     geometry = report.geometry
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("model", f"{report.family}, {geometry['depth']} blocks of {geometry['hidden_size']} channels")
-    table.add_row("units", f"{geometry['num_heads']} heads and {geometry['num_groups']} channel groups a block")
+    table.add_row(
+        "model", f"{report.family}, {geometry['depth']} blocks of {geometry['hidden_size']} channels"
+    )
+    table.add_row(
+        "units", f"{geometry['num_heads']} heads and {geometry['num_groups']} channel groups a block"
+    )
     table.add_row(
         "input",
         f"{geometry['in_channels']} x {geometry['sample_size']} x {geometry['sample_size']}, "
         f"{geometry['num_tokens']} tokens, {geometry['num_classes']} classes",
     )
     added = report.params["routers"] / report.params["static"]
-    table.add_row("parameters", f"{report.params['static']:,} + {report.params['routers']:,} of routers (+{added:.2%})")
-    table.add_row("static cost", f"{report.static_gmacs:.4g} GMACs a forward pass (the paper's FLOPs are MACs)")
+    table.add_row(
+        "parameters", f"{report.params['static']:,} + {report.params['routers']:,} of routers (+{added:.2%})"
+    )
+    table.add_row(
+        "static cost", f"{report.static_gmacs:.4g} GMACs a forward pass (the paper's FLOPs are MACs)"
+    )
     table.add_row("ranking", report.importance)
     table.add_row("lowest target", f"{report.ratio_floor:.3f} of attention and MLP MACs")
     return table

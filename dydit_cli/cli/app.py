@@ -1,0 +1,145 @@
+"""The `dydit` command: its sub-commands, and the one place where a failure becomes a message and an exit code.
+
+Importing this module imports typer and the commands' signatures, nothing else: each command imports its room when it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from dydit_cli import __version__
+from dydit_cli.cli import console, convert, demo, export, finetune, profile, recipes, sample
+from dydit_cli.cli.failures import failure_of
+from dydit_cli.cli.help_text import examples, flowing
+
+INTERRUPTED, TERMINATED, BROKEN_PIPE = 130, 143, 1
+
+EXAMPLES = (
+    "dydit demo",
+    "dydit convert --checkpoint builtin:dit_fmnist --out runs/c",
+    "dydit recipes copy demo/fashion-mnist-dit my.yaml",
+    "dydit finetune my.yaml target_ratio=0.4 --steps 800",
+)
+
+app = typer.Typer(
+    name="dydit",
+    help="Turn a trained static diffusion transformer into a dynamic one that does less work where less is needed.",
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        console.say(f"dydit {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog=examples(EXAMPLES))
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error, in any command.")
+    ] = False,
+) -> None:
+    """Turn a trained static diffusion transformer into a dynamic one that does less work where less is needed."""
+
+
+for _module, _command in (
+    (convert, convert.convert),
+    (finetune, finetune.finetune),
+    (profile, profile.profile),
+    (sample, sample.sample),
+    (export, export.export),
+    (demo, demo.demo),
+):
+    app.command(help=flowing(_command.__doc__ or ""), epilog=examples(_module.EXAMPLES))(_command)
+app.add_typer(recipes.app, name="recipes", epilog=examples(recipes.EXAMPLES))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        arguments: What follows `dydit`; the process's own arguments if not given.
+    """
+    words, debug = _without_debug(list(sys.argv[1:] if arguments is None else arguments))
+    with _signals():
+        try:
+            code = _run(words or ["--help"])
+            sys.stdout.flush()
+            return code
+        except (KeyboardInterrupt, typer.Abort):
+            return _interrupted()
+        except BrokenPipeError:
+            _forget_stdout()
+            return BROKEN_PIPE
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            failure = failure_of(error)
+            console.explain(failure.what, failure.why, failure.fix)
+            return failure.exit_code
+
+
+def _run(words: list[str]) -> int:
+    """Run typer without its own handling of errors."""
+    code = typer.main.get_command(app).main(args=words, prog_name="dydit", standalone_mode=False)
+    # Typer turns Ctrl-C into this code and says nothing.
+    if code == INTERRUPTED:
+        return _interrupted()
+    return code if isinstance(code, int) else 0
+
+
+def _without_debug(words: list[str]) -> tuple[list[str], bool]:
+    """Take `--debug` out of the arguments, wherever it stands before a `--`."""
+    end = words.index("--") if "--" in words else len(words)
+    kept = [word for word in words[:end] if word != "--debug"]
+    return kept + words[end:], len(kept) < end
+
+
+def _interrupted() -> int:
+    console.note("interrupted.")
+    return INTERRUPTED
+
+
+def _forget_stdout() -> None:
+    """Drop what is still buffered for a reader that has gone (`dydit … | head`), or Python complains on leaving."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Let a polite stop clean up, and let a file-size limit arrive as an error instead of killing the process."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(TERMINATED)
+
+    handlers: dict[str, Callable[[int, FrameType | None], None] | signal.Handlers] = {
+        "SIGTERM": stop,
+        "SIGXFSZ": signal.SIG_IGN,
+    }
+    before = {}
+    try:
+        for name, handler in handlers.items():
+            if number := getattr(signal, name, None):  # Windows has no SIGXFSZ
+                before[number] = signal.signal(number, handler)
+    except ValueError:
+        pass  # Handlers belong to the main thread; elsewhere whoever started the thread decides.
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)

@@ -1,0 +1,105 @@
+"""Where the command line writes: results on stdout, everything else on stderr, so that `dydit … --json | jq` works.
+
+Text is printed as it is. Markup, highlighting and emoji codes are off, because paths and class names hold brackets and
+colons; style with `style=` or `rich.text.Text`. What goes to a file or a pipe is never wrapped.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_PIPE_COLUMNS = 200
+
+
+def results() -> Console:
+    """Return the console for results, on stdout."""
+    return _console(stderr=False)
+
+
+def notes() -> Console:
+    """Return the console for progress, warnings and hints, on stderr."""
+    return _console(stderr=True)
+
+
+def say(text: str, style: str = "") -> None:
+    """Write a line of result on stdout, never wrapped."""
+    results().print(text, style=style, soft_wrap=True)
+
+
+def note(text: str, style: str = "") -> None:
+    """Write a line on stderr, never wrapped."""
+    notes().print(text, style=style, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Write a warning on stderr."""
+    note(f"warning: {text}", style="yellow")
+
+
+def emit_json(value: Any) -> None:
+    """Write `value` as JSON on stdout; paths become text.
+
+    Raises:
+        ValueError: It holds a number that JSON has no word for (nan, inf).
+    """
+    sys.stdout.write(
+        json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_as_json) + "\n"
+    )
+
+
+def explain(what: str, why: str, fix: str) -> None:
+    """Write an error's three parts on stderr."""
+    from rich.text import Text
+
+    console = notes()
+    console.print(Text(what, style="bold red"), soft_wrap=True)
+    for name, part in (("why", why), ("fix", fix)):
+        console.print(Text.assemble("  ", (f"{name}: ", "bold"), part), soft_wrap=True)
+
+
+def can_ask() -> bool:
+    """Whether a person sits at the terminal."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def ask(question: str, choices: Sequence[str] = ()) -> str | None:
+    """Ask at a terminal; return None where nobody can answer (no terminal, or end of input).
+
+    Args:
+        question: The question, without a colon.
+        choices: Accepted answers; anything that is not empty if none are given.
+    """
+    if not can_ask():
+        return None
+    offer = f" ({'/'.join(choices)})" if choices else ""
+    while True:
+        notes().print(f"{question}{offer}: ", end="")
+        answer = sys.stdin.readline()
+        if not answer:
+            return None
+        if (answer := answer.strip()) and (not choices or answer in choices):
+            return answer
+
+
+def _as_json(value: object) -> str:
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
+
+
+def _console(stderr: bool) -> Console:
+    """Make a console for the streams of this moment, which tests and shells replace."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:
+        # rich takes 80 columns for a pipe and would cut tables and paths to them.
+        console.width = max(console.width, _PIPE_COLUMNS)
+    return console

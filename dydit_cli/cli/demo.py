@@ -1,0 +1,277 @@
+"""`dydit demo`: the whole chain on a shipped model, with its honest control, and a table of what came out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dydit_cli.cli import console
+from dydit_cli.cli.stage import AnySection
+from dydit_cli.errors import DyditError, did_you_mean
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dydit_cli.recipe.loading import Recipe
+
+EXAMPLES = (
+    "dydit demo",
+    "dydit demo --family sit --out runs/demo-sit",
+    "dydit demo --steps 20",
+)
+
+FAMILIES = ("dit", "sit")
+SUMMARY = "summary.json"
+
+
+def demo(
+    family: Annotated[str, typer.Option(help="Which shipped model: dit or sit.")] = "dit",
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps of both models.", show_default="the recipe's")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run.", show_default="runs/demo-FAMILY")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a folder that is no earlier demo.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Run the whole chain on a small shipped model, on a CPU, in minutes.
+
+    Converts a DiT (or SiT) that was trained on Fashion-MNIST, fine-tunes it to half of its multiply-accumulates, fine-tunes the
+    static model for as many steps as the control, profiles, samples both from the same noise, and exports. Nothing is pre-recorded.
+    """
+    if family not in FAMILIES:
+        raise DyditError(
+            f"There is no demo for '{family}'.",
+            why=f"The package ships trained models of {' and '.join(FAMILIES)}.",
+            fix=did_you_mean(family, FAMILIES) or "Pass --family dit or --family sit.",
+        )
+    folder = out or Path("runs") / f"demo-{family}"
+    _make_room(folder, overwrite)
+    summary = run(family, folder, steps)
+    if json:
+        console.emit_json(summary)
+        return
+    console.results().print(table(summary))
+    console.say(f"{summary['verdict']}")
+    console.say(f"Pictures: {summary['comparison']}")
+    console.note(
+        f"{summary['seconds']:.0f} s on {summary['device']}, torch {summary['torch']}. Times are for one image in batches of "
+        f"{summary['latency_batch']}; losses are on the same {summary['held_out_images']} held-out images, timesteps and noise."
+    )
+    console.note(
+        f"next: dydit profile --model {folder / 'dynamic'}   or, with your own model: dydit convert --help"
+    )
+
+
+def _make_room(folder: Path, overwrite: bool) -> None:
+    """Refuse to write into a folder that is not an earlier demo's."""
+    from dydit_cli.artifacts.writing import refuse_existing
+
+    refuse_existing(
+        folder, overwrite or (folder / SUMMARY).exists() or (folder / "converted" / "manifest.json").exists()
+    )
+
+
+def run(family: str, folder: Path, steps: int | None) -> dict[str, Any]:
+    """Run all stages into ``folder`` and return the summary that is printed and saved."""
+    from dydit_cli.artifacts import write_json
+    from dydit_cli.cli.convert import convert_with_progress
+    from dydit_cli.cli.export import export_with_progress
+    from dydit_cli.cli.finetune import finetune_with_progress
+    from dydit_cli.cli.profile import profile_with_progress
+    from dydit_cli.cli.sample import sample_with_progress
+    from dydit_cli.recipe.schema import (
+        ConvertSection,
+        ExportSection,
+        FinetuneSection,
+        ProfileSection,
+        SampleSection,
+    )
+    from dydit_cli.sampling.comparison import side_by_side
+
+    began = time.perf_counter()
+    recipe = demo_recipe(family, folder, steps)
+    yaml = recipe.to_yaml()
+    training = _section(recipe, FinetuneSection)
+    static_training = training.model_copy(
+        update={"target_ratio": 1.0, "out": folder / "static", "evaluate_every": 0}
+    )
+    sampling = _section(recipe, SampleSection)
+
+    _stage(1, "convert the shipped model: rank heads and channels, insert routers")
+    converted = convert_with_progress(_section(recipe, ConvertSection), yaml)
+    _stage(2, f"fine-tune to half of the work ({training.steps} steps of {training.batch_size})")
+    dynamic = finetune_with_progress(training, recipe)
+    _stage(3, "the control: fine-tune the static model for as many steps")
+    finetune_with_progress(static_training)
+    _stage(4, "profile: count and time")
+    profile = profile_with_progress(_section(recipe, ProfileSection), yaml)
+    _stage(5, "sample static and dynamic from the same noise")
+    dynamic_samples = sample_with_progress(sampling, yaml)
+    static_samples = sample_with_progress(
+        sampling.model_copy(
+            update={
+                "model": str(static_training.out),
+                "execution": "static",
+                "out": folder / "samples-static",
+            }
+        )
+    )
+    comparison = folder / "comparison.png"
+    side_by_side(
+        [
+            ("static, fine-tuned as long", folder / "samples-static" / "grid.png"),
+            (f"dynamic, {dynamic_samples.trajectory_ratio:.0%} of the work", folder / "samples" / "grid.png"),
+        ],
+        comparison,
+    )
+    _stage(6, "export as a diffusers pipeline")
+    export_with_progress(_section(recipe, ExportSection))
+    _stage(7, "measure what was lost, on held-out images")
+    losses = held_out_losses(
+        {"base": converted.out, "static": str(static_training.out), "dynamic": str(dynamic.out)},
+        training.data,
+    )
+    summary = summarise(profile, dynamic.ratio, losses, static_samples.seconds, dynamic_samples.seconds)
+    summary |= {
+        "family": family,
+        "steps": training.steps,
+        "images": sampling.num_images,
+        "target_ratio": training.target_ratio,
+        "trajectory_ratio": dynamic_samples.trajectory_ratio,
+        "comparison": str(comparison),
+        "device": dynamic_samples.device,
+        "torch": dynamic_samples.torch,
+        "held_out_images": dynamic.held_out_images,
+        "seconds": time.perf_counter() - began,
+    }
+    write_json(folder / SUMMARY, summary)
+    return summary
+
+
+def demo_recipe(family: str, folder: Path, steps: int | None) -> Recipe:
+    """The built-in recipe of the demo with its outputs in ``folder``."""
+    from dydit_cli.recipe.loading import load_recipe
+
+    parts = {
+        "convert": "converted",
+        "finetune": "dynamic",
+        "profile": "profile",
+        "sample": "samples",
+        "export": "export",
+    }
+    overrides = [f"{stage}.out={folder / part}" for stage, part in parts.items()]
+    overrides += [f"{stage}.overwrite=true" for stage in parts]
+    if steps is not None:
+        overrides.append(f"finetune.steps={steps}")
+    return load_recipe(f"demo/fashion-mnist-{family}", overrides)
+
+
+def held_out_losses(models: dict[str, str], data: str) -> dict[str, float]:
+    """The denoising loss of each model on the same held-out images, timesteps and noise; the dynamic one as it would run."""
+    from dydit_cli.artifacts import load_model
+    from dydit_cli.data import open_data
+    from dydit_cli.objectives import held_out_loss, objective_for
+
+    losses = {}
+    for name, path in models.items():
+        model = load_model(path, execution="compact" if name == "dynamic" else "static")
+        source = open_data(data, geometry=model.geometry).held_out
+        losses[name] = held_out_loss(model, source, objective_for(model.family))
+    return losses
+
+
+def summarise(
+    profile: dict[str, Any],
+    ratio: float,
+    losses: dict[str, float],
+    static_seconds: float,
+    dynamic_seconds: float,
+) -> dict[str, Any]:
+    """Put what was measured into one record, one entry a model.
+
+    Args:
+        profile: The profile of the dynamic model, as ``dydit profile --json`` prints it.
+        ratio: Realised share of attention and MLP MACs.
+        losses: Held-out loss of base, static and dynamic.
+        static_seconds: Of sampling with the static model.
+        dynamic_seconds: Of sampling the same images with the dynamic model.
+    """
+    latency = profile["latency"]
+    batch = latency["batch"]
+    static = {
+        "mmacs": profile["static_gmacs"] * 1e3,
+        "ratio": 1.0,
+        "ms_per_image": latency["static_ms"] / batch,
+    }
+    dynamic = {"mmacs": profile["gmacs"] * 1e3, "ratio": ratio, "ms_per_image": latency["compact_ms"] / batch}
+    models = {
+        "base": {**static, "loss": losses["base"], "sampling_seconds": None},
+        "static": {**static, "loss": losses["static"], "sampling_seconds": static_seconds},
+        "dynamic": {**dynamic, "loss": losses["dynamic"], "sampling_seconds": dynamic_seconds},
+    }
+    saved = 1 - models["dynamic"]["mmacs"] / models["static"]["mmacs"]
+    change = models["dynamic"]["loss"] / models["static"]["loss"] - 1
+    return {
+        "models": models,
+        "total_ratio": profile["total_ratio"],
+        "time_ratio": latency["ratio"],
+        "time_ratio_interval": latency["interval"],
+        "latency_batch": batch,
+        "verdict": f"The dynamic model executes {saved:.0%} fewer multiply-accumulates than the static one, takes "
+        f"{latency['ratio']:.2f} of its time a forward pass, and its held-out loss is {change:+.1%}.",
+    }
+
+
+def table(summary: dict[str, Any]) -> Table:
+    """The summary as a table, one row a model."""
+    from rich.table import Table
+
+    titles = {
+        "base": "base, as shipped",
+        "static": f"static, fine-tuned {summary['steps']} steps",
+        "dynamic": f"dynamic, fine-tuned {summary['steps']} steps",
+    }
+    drawn = Table(
+        title=f"{summary['family']} on Fashion-MNIST, target {summary['target_ratio']:g}",
+        title_justify="left",
+    )
+    drawn.add_column("model")
+    for column in (
+        "MMACs / forward",
+        "ratio",
+        "ms / image",
+        f"s for {summary['images']} samples",
+        "held-out loss",
+    ):
+        drawn.add_column(column, justify="right")
+    for name, title in titles.items():
+        entry = summary["models"][name]
+        sampling = entry["sampling_seconds"]
+        drawn.add_row(
+            title,
+            f"{entry['mmacs']:.1f}",
+            f"{entry['ratio']:.3f}",
+            f"{entry['ms_per_image']:.3f}",
+            "" if sampling is None else f"{sampling:.1f}",
+            f"{entry['loss']:.5f}",
+        )
+    return drawn
+
+
+def _section(recipe: Recipe, kind: type[AnySection]) -> AnySection:
+    """A stage's section of the demo's recipe, which has all of them."""
+    section = recipe.get(kind)
+    if section is None:
+        raise TypeError(f"the demo's recipe lacks {kind.stage}")
+    return section
+
+
+def _stage(number: int, what: str) -> None:
+    console.note(f"[{number}/7] {what}", style="bold")

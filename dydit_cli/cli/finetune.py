@@ -1,0 +1,326 @@
+"""`dydit finetune`: train a converted model to its target ratio."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dydit_cli.cli import console, stage
+from dydit_cli.cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dydit_cli.families.backbone import DynamicTransformer
+    from dydit_cli.recipe.loading import Recipe
+    from dydit_cli.recipe.schema import FinetuneSection
+    from dydit_cli.training import FinetuneResult, FineTuning, StepReport
+
+EXAMPLES = (
+    "dydit finetune --model runs/c --data fashion-mnist-subset --target-ratio 0.5 --steps 400 --out runs/t",
+    "dydit finetune dit-xl-2-256/full data=latents.safetensors target_ratio=0.3",
+    "dydit finetune runs/t/recipe.yaml --resume",
+)
+
+TERMINATED = 143
+TOLERANCE = 0.02
+HARDLY_CHEAPER = 0.97
+SCHEDULE, OPTIMISER, PLACE = "Schedule", "Optimiser", "Where and how often"
+
+
+def finetune(
+    context: typer.Context,
+    arguments: stage.RecipeArguments = None,
+    model: Annotated[str | None, typer.Option(help="Folder of a converted model.", metavar="FOLDER")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Image folder, IDX folder, .npz, ready latents, or fashion-mnist-subset.",
+            metavar="PATH|NAME",
+        ),
+    ] = None,
+    target_ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of attention and MLP MACs to keep; 1 trains the static control.", show_default="0.5"
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Every draw is a function of it.", show_default="0")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.", rich_help_panel=SCHEDULE)] = None,
+    full_width_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps with a target of 1 before the ramp.", show_default="100", rich_help_panel=SCHEDULE
+        ),
+    ] = None,
+    ramp_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps from 1 down to the target.", show_default="1000", rich_help_panel=SCHEDULE),
+    ] = None,
+    complete_branch_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps that also train the complete model (XL).", show_default="0", rich_help_panel=SCHEDULE
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples of a step.", show_default="64", rich_help_panel=OPTIMISER)
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="AdamW's, constant.", show_default="0.0001", rich_help_panel=OPTIMISER),
+    ] = None,
+    router_learning_rate: Annotated[
+        float | None,
+        typer.Option(help="The routers' own.", show_default="learning rate", rich_help_panel=OPTIMISER),
+    ] = None,
+    ema_decay: Annotated[
+        float | None,
+        typer.Option(
+            help="Of the averaged weights that are saved.", show_default="0.9999", rich_help_panel=OPTIMISER
+        ),
+    ] = None,
+    max_grad_norm: Annotated[
+        float | None, typer.Option(help="Clip gradients.", show_default="off", rich_help_panel=OPTIMISER)
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto", rich_help_panel=PLACE),
+    ] = None,
+    mixed_precision: Annotated[
+        str | None, typer.Option(help="no, bf16 or fp16.", show_default="no", rich_help_panel=PLACE)
+    ] = None,
+    num_workers: Annotated[
+        int | None, typer.Option(help="Processes that read data.", show_default="0", rich_help_panel=PLACE)
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(help="Steps between checkpoints.", show_default="500", rich_help_panel=PLACE),
+    ] = None,
+    sample_every: Annotated[
+        int | None,
+        typer.Option(help="Steps between sample grids.", show_default="0", rich_help_panel=PLACE),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
+    resume: Annotated[
+        bool | None,
+        typer.Option("--resume/--no-resume", help="Continue the run in --out.", show_default="no-resume"),
+    ] = None,
+    overwrite: Annotated[
+        bool | None,
+        typer.Option(
+            "--overwrite/--no-overwrite", help="Replace an existing folder.", show_default="no-overwrite"
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Train a converted model until it needs only its target share of the static model's work.
+
+    Metrics, checkpoints and sample grids go to --out while it runs; the averaged weights are written there at
+    the end. Ctrl-C writes a checkpoint, and --resume continues it bit for bit.
+    """
+    from dydit_cli.recipe.schema import FinetuneSection
+
+    request = stage.resolve(context, FinetuneSection)
+    result = finetune_with_progress(request.section, request.recipe)
+    if json:
+        console.emit_json(result.as_dict())
+        return
+    console.results().print(summary(result))
+    console.say(f"Written to {result.out}.")
+    for warning in judgement(result):
+        console.warn(warning)
+    console.note(f"next: dydit profile --model {shlex.quote(str(result.out))}")
+
+
+def finetune_with_progress(section: FinetuneSection, recipe: Recipe | None = None) -> FinetuneResult:
+    """Run a fine-tuning run with a progress display on stderr.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint is written.
+        SystemExit: the same after a polite request to terminate.
+    """
+    from dydit_cli.training import prepare
+
+    with progress_bar("{task.fields[state]}") as progress:
+        task = progress.add_task("loading model and data", total=section.steps, state="")
+        run = prepare(section, recipe=recipe)
+        for warning in run.warnings:
+            console.warn(warning)
+        if run.complete:
+            console.note(f"The run in {section.out} is complete; nothing is left to do.")
+            return run.finish()
+        progress.update(task, description="fine-tuning", completed=run.done)
+        quiet = not progress.console.is_terminal
+        display = Display()
+        with stop_requests() as request:
+            for report in run.steps(
+                on_sample=grid_sampler(recipe), should_stop=lambda: request.signal is not None
+            ):
+                state = display.show(report)
+                progress.update(task, completed=report.step, state=state)
+                if quiet and report.ema_ratio is not None:
+                    console.note(f"step {report.step}/{section.steps}: {state}")
+            if run.interrupted:
+                leave(run, section, request)
+        progress.update(task, description="measuring the result")
+        return run.finish()
+
+
+class Display:
+    """The words beside the progress bar; speeds are averaged, the last evaluation stays until the next."""
+
+    def __init__(self) -> None:
+        self._speed = 0.0
+        self._loss = 0.0
+        self._evaluated = ""
+
+    def show(self, report: StepReport) -> str:
+        """What to say after a step."""
+        first = self._speed == 0.0
+        self._speed = (
+            report.images_per_second if first else 0.9 * self._speed + 0.1 * report.images_per_second
+        )
+        self._loss = (
+            report.terms["denoising"] if first else 0.95 * self._loss + 0.05 * report.terms["denoising"]
+        )
+        if report.ema_ratio is not None:
+            self._evaluated = f", EMA {report.ema_ratio:.3f}"
+        return (
+            f"loss {self._loss:.4f}  ratio {report.trained_ratio:.3f}{self._evaluated} -> "
+            f"{report.target:.3f}  "
+            f"{self._speed:.0f} images/s"
+        )
+
+
+@dataclass
+class StopRequest:
+    """A signal that asked the run to stop, if any."""
+
+    signal: int | None = None
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Turn the first Ctrl-C or SIGTERM into a request that the run sees between two steps; a second Ctrl-C
+    stops at once.
+    """
+    request = StopRequest()
+
+    def ask(number: int, frame: object) -> None:
+        if request.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.signal = number
+
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave(run: FineTuning, section: FinetuneSection, request: StopRequest) -> None:
+    """Say how to go on after a stop, and stop."""
+    recipe = shlex.quote(str(Path(section.out) / "recipe.yaml"))
+    console.note(f"Stopped after step {run.done} of {section.steps}; a checkpoint was written.")
+    console.note(f"next: dydit finetune {recipe} --resume")
+    if request.signal == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(TERMINATED)
+
+
+def grid_sampler(recipe: Recipe | None) -> Callable[[DynamicTransformer, int, Path], None]:
+    """How a run draws its sample grids: as the recipe's sample section says, 16 images at most, from the
+    same noise every time.
+    """
+    from dydit_cli.recipe.schema import SampleSection
+
+    section = recipe.get(SampleSection) if recipe is not None else None
+    keys = (
+        "classes",
+        "num_images",
+        "steps",
+        "guidance",
+        "guidance_channels",
+        "sampler",
+        "seed",
+        "batch_size",
+    )
+    settings = section.model_dump(include=set(keys)) if section is not None else {}
+    settings["num_images"] = min(16, settings.get("num_images", 16))
+
+    def draw(model: DynamicTransformer, step: int, path: Path) -> None:
+        import torch
+
+        from dydit_cli.artifacts import atomic_write
+        from dydit_cli.sampling.decoding import makes_pixels, to_uint8
+        from dydit_cli.sampling.generate import generate
+        from dydit_cli.sampling.writing import image_grid, save_png
+
+        samples = torch.cat([batch.samples for batch in generate(model, **settings)])
+        if not makes_pixels(samples.shape[1]):
+            # There is no autoencoder while training; three latent channels as colours show whether structure
+            # emerges.
+            samples = samples[:, :3] / 3
+        with atomic_write(path) as temporary:
+            save_png(image_grid(to_uint8(samples).numpy()), temporary)
+
+    return draw
+
+
+def summary(result: FinetuneResult) -> Table:
+    """The result as a table."""
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("steps", f"{result.steps}")
+    table.add_row(
+        "ratio",
+        f"{result.ratio:.4f} ± {result.ratio_standard_error:.4f} of attention and MLP MACs, target "
+        f"{result.target_ratio:g} (averaged weights, {result.held_out_images} held-out images)",
+    )
+    table.add_row(
+        "active",
+        f"{result.heads:.1%} of heads, {result.groups:.1%} of channel groups, {result.tokens:.1%} of tokens",
+    )
+    table.add_row("held-out loss", f"{result.held_out_loss:.5f}")
+    if result.images_per_second is not None:
+        table.add_row("time", f"{result.seconds:.0f} s of training, {result.images_per_second:.0f} images/s")
+    return table
+
+
+def judgement(result: FinetuneResult) -> list[str]:
+    """What a newcomer should know of a result that is not what was asked for."""
+    warnings = []
+    dynamic = result.target_ratio < 1
+    if dynamic and result.ratio > HARDLY_CHEAPER:
+        warnings.append(
+            f"the model still does {result.ratio:.1%} of the static model's work: it is hardly cheaper. "
+            "Train more steps, "
+            "shorten ramp_steps, or raise router_learning_rate."
+        )
+    elif abs(result.ratio - result.target_ratio) > TOLERANCE:
+        warnings.append(
+            f"the ratio of {result.ratio:.3f} is {abs(result.ratio - result.target_ratio):.3f} "
+            f"{'above' if result.ratio > result.target_ratio else 'below'} its target. "
+            + (
+                "Training has to go on: resume with more steps, or lower ema_decay for short runs."
+                if dynamic
+                else "The routers of a static control are frozen; start it from a freshly converted model."
+            )
+        )
+    return warnings
