@@ -1,0 +1,126 @@
+"""Batches as a pure function of (seed, step): no iterator has a state, so resuming means naming the step.
+
+Position p = step * batch_size + i of the endless stream of samples belongs to epoch p // n, and is sample
+number p % n of that epoch's permutation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dydit_cli.data.mirror import MirrorRule
+from dydit_cli.data.source import Source
+from dydit_cli.errors import DyditError
+from dydit_cli.randomness import generator, normal, uniform
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step trains on.
+
+    Attributes:
+        clean: (B, C, size, size) fp32, images in [-1, 1] or scaled latents.
+        labels: (B,) int64.
+        indices: The samples' positions in the global batch; every draw of a sample is named by (seed, step,
+            position).
+    """
+
+    clean: Tensor
+    labels: Tensor
+    indices: tuple[int, ...]
+
+
+@dataclass
+class TrainingBatches:
+    """The endless, seeded stream of training batches.
+
+    Attributes:
+        source: The training samples.
+        batch_size: Samples of one step.
+        seed: The run's seed.
+        mirror: Which samples may be mirrored.
+    """
+
+    source: Source
+    batch_size: int
+    seed: int
+    mirror: MirrorRule
+    _orders: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def at(self, step: int) -> Batch:
+        """The batch of the (0-based) ``step``, whatever was read before."""
+        indices = tuple(range(self.batch_size))
+        chosen = [self._sample_at(step * self.batch_size + index) for index in indices]
+
+        def draw(position: int, shape: tuple[int, ...]) -> Tensor:
+            return normal(self.seed, shape, "posterior", step, position)
+
+        clean = self.source.batch(chosen, draw)
+        labels = self.source.labels[chosen]
+        for position, label in enumerate(labels.tolist()):
+            if self.mirror.allows(label) and float(uniform(self.seed, (), "mirror", step, position)) < 0.5:
+                clean[position] = clean[position].flip(-1)
+        return Batch(clean, labels, indices)
+
+    def between(self, start: int, stop: int, num_workers: int = 0) -> Iterator[Batch]:
+        """The batches of the steps from ``start`` to before ``stop``, read ahead by ``num_workers``
+        processes.
+
+        Raises:
+            DyditError: what reading a sample raised, also where a worker raised it.
+        """
+        if num_workers == 0:
+            yield from (self.at(step) for step in range(start, stop))
+            return
+        loader = DataLoader(
+            _Steps(self),
+            batch_size=None,
+            sampler=_as_sampler(start, stop),
+            num_workers=num_workers,
+            prefetch_factor=2,
+        )
+        for item in loader:
+            if isinstance(item, _Failure):
+                raise DyditError(item.what, why=item.why, fix=item.fix)
+            yield item
+
+    def _sample_at(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.source))
+        if epoch not in self._orders:
+            # A batch may straddle the end of an epoch; older permutations are never asked for again.
+            self._orders = {key: order for key, order in self._orders.items() if key == epoch - 1}
+            self._orders[epoch] = torch.randperm(
+                len(self.source), generator=generator(self.seed, "order", epoch)
+            )
+        return int(self._orders[epoch][place])
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A `DyditError` on its way out of a worker process: torch cannot rebuild an exception of three parts."""
+
+    what: str
+    why: str
+    fix: str
+
+
+class _Steps(Dataset[Batch | _Failure]):
+    """Batches by step, for `DataLoader`'s workers."""
+
+    def __init__(self, batches: TrainingBatches) -> None:
+        self.batches = batches
+
+    def __getitem__(self, step: int) -> Batch | _Failure:
+        try:
+            return self.batches.at(step)
+        except DyditError as error:
+            return _Failure(error.what, error.why, error.fix)
+
+
+def _as_sampler(start: int, stop: int) -> Sequence[int]:
+    return range(start, stop)
