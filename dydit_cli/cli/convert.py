@@ -83,6 +83,11 @@ def convert(
         console.note("The file's trained routers were kept; the model is dynamic already.")
         console.note(f"next: dydit profile --model {report.out}")
         return
+    if report.verification.switched_on < 1:
+        console.warn(
+            f"the routers start with as little as {report.verification.switched_on:.1%} switched on: this model's activations outweigh "
+            "the paper's starting biases. Fine-tuning begins slightly below the complete model; another --seed may start at 100 %."
+        )
     console.note(
         "The model is not faster yet: every router starts with everything on. Fine-tuning teaches them what to leave out; "
         "the paper trains DiT-S/2 for 50,000, DiT-B/2 for 100,000 and DiT-XL/2 for 150,000 to 200,000 steps of 256."

@@ -25,6 +25,7 @@ def progress_bar(*columns: str | ProgressColumn) -> Progress:
         TimeRemainingColumn,
     )
 
+    notes = console.notes()
     return Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -32,8 +33,9 @@ def progress_bar(*columns: str | ProgressColumn) -> Progress:
         MofNCompleteColumn(),
         *columns,
         TimeRemainingColumn(),
-        console=console.notes(),
+        console=notes,
         transient=True,
+        disable=not notes.is_terminal,
         # Results go to stdout as they are, also while a bar is shown on stderr.
         redirect_stdout=False,
     )

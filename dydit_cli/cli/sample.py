@@ -45,7 +45,11 @@ def sample(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(help="Steps; for an ODE, intervals.", show_default="50", rich_help_panel="Sampler"),
+        typer.Option(
+            help="Steps; for an ODE, intervals; dopri5 chooses its own.",
+            show_default="50",
+            rich_help_panel="Sampler",
+        ),
     ] = None,
     guidance: Annotated[
         float | None,
@@ -148,7 +152,8 @@ def summary(report: SampleReport) -> Table:
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("images" if report.kind == "images" else "latents", f"{report.images}")
-    table.add_row("sampler", f"{report.sampler}, {report.steps} steps, guidance {report.guidance:g}")
+    steps = "steps of its own choice" if report.steps is None else f"{report.steps} steps"
+    table.add_row("sampler", f"{report.sampler}, {steps}, guidance {report.guidance:g}")
     table.add_row("model calls", f"{report.evaluations:g} an image ({report.execution}, {report.dtype})")
     table.add_row("time", f"{report.seconds:.1f} s, {report.images_per_second:.3g} images/s")
     table.add_row(

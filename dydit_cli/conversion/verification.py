@@ -11,13 +11,15 @@ from torch import Tensor
 
 from dydit_cli.artifacts import load_model
 from dydit_cli.dynamic.gates import CompleteGating, Gating, ThresholdGating
+from dydit_cli.dynamic.routing import Routing
 from dydit_cli.errors import DyditError
-from dydit_cli.execution import CompactExecutor, DenseExecutor, StaticExecutor
+from dydit_cli.execution import CompactExecutor, DenseExecutor, Executor, StaticExecutor
 from dydit_cli.families.backbone import DynamicTransformer
 from dydit_cli.objectives import objective_for
 from dydit_cli.randomness import normal
 
 SAMPLES = 4
+TIMESTEPS = 50
 TOLERANCE = 1e-5
 
 
@@ -30,12 +32,15 @@ class Verification:
         dense: All-on dense output against the static one (for a dynamic file: live dense against live compact is `compact`).
         compact: Compact output against the dense one, as the model decides now.
         scale: The largest output, for scale.
+        switched_on: The lowest share of heads, groups and tokens that the routers switch on as they are, over all noise levels;
+            1 for a fresh conversion, unless the xavier start meets a model whose activations outweigh the paper's biases.
     """
 
     weights: float
     dense: float
     compact: float
     scale: float
+    switched_on: float
 
 
 def verify(folder: Path, tensors: Mapping[str, Tensor], seed: int) -> Verification:
@@ -55,16 +60,18 @@ def verify(folder: Path, tensors: Mapping[str, Tensor], seed: int) -> Verificati
         float((state[key].double() - tensor.double()).abs().max()) for key, tensor in tensors.items()
     )
     with torch.no_grad():
-        static = _run(model, StaticExecutor(), CompleteGating(), seed)
-        complete = _run(model, DenseExecutor(), CompleteGating(), seed)
-        live = _run(model, DenseExecutor(), ThresholdGating(), seed)
-        compact = _run(model, CompactExecutor(), ThresholdGating(), seed)
+        static, _ = _run(model, StaticExecutor(), CompleteGating(), seed)
+        complete, _ = _run(model, DenseExecutor(), CompleteGating(), seed)
+        live, routing = _run(model, DenseExecutor(), ThresholdGating(), seed)
+        compact, _ = _run(model, CompactExecutor(), ThresholdGating(), seed)
+        widths = model.set_execution("dense").routing(objective_for(model.family).grid(TIMESTEPS))
     scale = float(static.abs().max())
     result = Verification(
         weights=weights,
         dense=float((complete - static).abs().max()) / max(scale, 1e-12),
         compact=float((compact - live).abs().max()) / max(scale, 1e-12),
         scale=scale,
+        switched_on=min(float(mask.mean()) for mask in (widths.heads, widths.groups, routing.tokens)),
     )
     if weights > 0 or max(result.dense, result.compact) > TOLERANCE:
         raise DyditError(
@@ -75,17 +82,9 @@ def verify(folder: Path, tensors: Mapping[str, Tensor], seed: int) -> Verificati
     return result
 
 
-def _run(
-    model: DynamicTransformer,
-    executor: StaticExecutor | DenseExecutor | CompactExecutor,
-    gating: Gating,
-    seed: int,
-) -> Tensor:
+def _run(model: DynamicTransformer, executor: Executor, gating: Gating, seed: int) -> tuple[Tensor, Routing]:
     geometry = model.geometry
     shape = (SAMPLES, geometry.in_channels, geometry.sample_size, geometry.sample_size)
     times = objective_for(model.family).grid(SAMPLES)
     labels = torch.arange(SAMPLES) % (geometry.num_classes + 1)
-    prediction, _ = model.denoise(
-        normal(seed, shape, "verify"), times, labels, executor=executor, gating=gating
-    )
-    return prediction
+    return model.denoise(normal(seed, shape, "verify"), times, labels, executor=executor, gating=gating)

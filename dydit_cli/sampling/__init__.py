@@ -1,0 +1,4 @@
+"""Sampling: diffusion and flow-matching samplers, guidance, generation and what is written of it.
+
+The only room that imports diffusers' schedulers.
+"""

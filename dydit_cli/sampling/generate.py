@@ -1,0 +1,205 @@
+"""Generate images with a dynamic model, a batch at a time: 50,000 images need no more memory than one batch.
+
+Image i has the class ``classes[i % len(classes)]`` and its own noise, so it is the same in any batch and on any number of
+processes (up to the rounding of a matrix product, which depends on the batch's size).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dydit_cli.errors import DyditError
+from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.registry import family_of
+from dydit_cli.sampling.guidance import Guidance, GuidedField
+from dydit_cli.sampling.noise import ImageNoise
+from dydit_cli.sampling.samplers import Sampler, check_steps, sampler_for
+
+Progress = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Finished images.
+
+    Attributes:
+        indices: Global indices of the images.
+        labels: Their classes.
+        samples: (B, C, h, w) fp32 on the model's device: pixels in about [-1, 1], or latents at the model's scale.
+        ratios: (B,) executed share of attention and MLP MACs on each image's own way, over all evaluations and branches.
+        evaluations: Calls of the model that each image took.
+    """
+
+    indices: tuple[int, ...]
+    labels: tuple[int, ...]
+    samples: Tensor
+    ratios: Tensor
+    evaluations: int
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """What to generate, checked against the model; see `check_settings`."""
+
+    sampler: Sampler
+    classes: tuple[int, ...]
+    num_images: int
+    steps: int
+    guidance: Guidance
+    seed: int
+    batch_size: int
+
+    def batches(self) -> Iterator[tuple[int, ...]]:
+        """The indices of each batch. An adaptive sampler makes one image at a time, or its steps would depend on the others."""
+        size = 1 if self.sampler.adaptive else self.batch_size
+        for first in range(0, self.num_images, size):
+            yield tuple(range(first, min(first + size, self.num_images)))
+
+    def label(self, index: int) -> int:
+        """The class of image ``index``."""
+        return self.classes[index % len(self.classes)]
+
+
+def check_settings(
+    objective: str,
+    num_classes: int,
+    *,
+    classes: Sequence[int] | None = None,
+    num_images: int = 8,
+    steps: int = 50,
+    guidance: float = 1.5,
+    guidance_channels: str = "first3",
+    sampler: str | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> GenerationSettings:
+    """Check what a user asks for against what the model can do, before any work. The arguments are those of `generate`.
+
+    Args:
+        objective: ``diffusion`` or ``flow``.
+        num_classes: Classes of the model without the null class.
+
+    Raises:
+        DyditError: For what cannot be.
+    """
+    chosen = sampler_for(objective, sampler)
+    check_steps(chosen, steps)
+    labels = tuple(range(num_classes)) if classes is None else tuple(int(label) for label in classes)
+    wrong = [label for label in labels if not 0 <= label < num_classes]
+    if wrong or not labels:
+        raise DyditError(
+            f"The model has no class {', '.join(map(str, wrong))}." if wrong else "No class is given.",
+            why=f"It was trained on {num_classes} classes, 0 to {num_classes - 1}.",
+            fix="Pass such numbers with --classes, or leave it out for all classes in turn.",
+        )
+    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
+        if value < 1:
+            raise DyditError(
+                f"{name} is {value}.",
+                why="It must be at least 1.",
+                fix=f"Pass --{name.replace('_', '-')} 8, say.",
+            )
+    if not 0 <= guidance < float("inf"):
+        raise DyditError(
+            f"A guidance of {guidance} is not possible.",
+            why="It is a finite number: 0 ignores the class, 1 is the plain model, more exaggerates the class.",
+            fix="Pass --guidance 1.5 (best FID in the papers) or 4 (pictures).",
+        )
+    if guidance_channels not in ("first3", "all"):
+        raise DyditError(
+            f"'{guidance_channels}' is not a choice of guided channels.",
+            why="Guidance acts on the first three noise channels ('first3', as the originals) or on all of them ('all').",
+            fix="Pass guidance_channels=first3 or guidance_channels=all.",
+        )
+    return GenerationSettings(
+        chosen, labels, num_images, steps, Guidance(guidance, guidance_channels), seed, batch_size
+    )
+
+
+def generate(
+    model: DynamicTransformer,
+    *,
+    classes: Sequence[int] | None = None,
+    num_images: int = 8,
+    steps: int = 50,
+    guidance: float = 1.5,
+    guidance_channels: str = "first3",
+    sampler: str | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    on_progress: Progress | None = None,
+) -> Iterator[Batch]:
+    """Generate images in the model's own execution, dtype and device. Arguments are checked at once, work is done on iteration.
+
+    Args:
+        model: From `dydit_cli.load_model`.
+        classes: Labels, used in turn; None is all of them in turn.
+        num_images: Images.
+        steps: Steps of the sampler (intervals, for an ODE).
+        guidance: Classifier-free guidance; 1 runs one branch.
+        guidance_channels: ``first3`` or ``all``.
+        sampler: A name in `dydit_cli.sampling.samplers.SAMPLERS`; None is the family's default.
+        seed: Image i depends on (seed, i) alone.
+        batch_size: Images in one forward (twice as many rows under guidance).
+        on_progress: Told after each step how many images are done, a step counting as its share of its batch.
+
+    Returns:
+        Batches in the order of the images.
+
+    Raises:
+        DyditError: For settings that do not fit the model, for samples that are not finite, or if dopri5 gives up.
+    """
+    settings = check_settings(
+        family_of(model).objective,
+        model.geometry.num_classes,
+        classes=classes,
+        num_images=num_images,
+        steps=steps,
+        guidance=guidance,
+        guidance_channels=guidance_channels,
+        sampler=sampler,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    return _generated(model, settings, on_progress or (lambda done: None))
+
+
+def _generated(
+    model: DynamicTransformer, settings: GenerationSettings, on_progress: Progress
+) -> Iterator[Batch]:
+    sampler = settings.sampler
+    if model.execution == "compact" and sampler.times is not None:
+        # The width routers read t alone: the whole schedule is decided in one call, and no step asks them again.
+        model.plan(sampler.times(settings.steps))
+    geometry = model.geometry
+    shape = (geometry.in_channels, geometry.sample_size, geometry.sample_size)
+    for indices in settings.batches():
+        labels = tuple(settings.label(index) for index in indices)
+        field = GuidedField(model, torch.tensor(labels, device=model.device), settings.guidance)
+        noise = ImageNoise(settings.seed, indices, shape, model.device)
+        sample = start = noise.start()
+        for step, state in enumerate(sampler.integrate(field, start, settings.steps, noise), start=1):
+            sample = state
+            on_progress(indices[0] + len(indices) * min(1.0, step / settings.steps))
+        on_progress(indices[-1] + 1)
+        _check_finite(sample, indices, model)
+        yield Batch(indices, labels, sample, field.meter.mean(len(indices)), field.meter.evaluations)
+
+
+def _check_finite(samples: Tensor, indices: tuple[int, ...], model: DynamicTransformer) -> None:
+    finite = torch.isfinite(samples).flatten(1).all(dim=1)
+    if bool(finite.all()):
+        return
+    broken = indices[int((~finite).nonzero()[0])]
+    half = model.dtype in (torch.float16, torch.bfloat16)
+    raise DyditError(
+        f"Image {broken} came out with values that are not finite.",
+        why=f"The model ran in {str(model.dtype).removeprefix('torch.')}, and its predictions overflowed or were not numbers.",
+        fix="Run with --dtype float32."
+        if half
+        else "Check the weights: a training run that diverged leaves such a model.",
+    )
