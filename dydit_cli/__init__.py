@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dydit_cli.errors import DyditError
+from dydit_cli.export.registration import register
 
 if TYPE_CHECKING:
     from dydit_cli.artifacts.loading import load_model
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["DyditError", "__version__", "convert", "count_macs", "load_model"]
 
 __version__ = "0.1.0"
+
+# Exported pipelines load after `import dydit_cli` without flags; imports neither torch nor diffusers.
+register()
 
 _HOMES = {
     "convert": "dydit_cli.conversion.convert",

@@ -178,7 +178,9 @@ def main() -> None:
         f"  time ratio   {found.ratio:8.3f}   [{found.low:.3f}, {found.high:.3f}], median of {found.pairs} pairs"
     )
     print(f"  efficiency   {ideal / found.ratio:8.2f}")
-    print(f"  against dense execution of the same masks, the largest difference is {difference:.1e} of the largest value")
+    print(
+        f"  against dense execution of the same masks, the largest difference is {difference:.1e} of the largest value"
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dydit_cli.cli import console
-from dydit_cli.cli.stage import AnySection
+from dydit_cli.cli.stage import AnySection, Request
 from dydit_cli.errors import DyditError, did_you_mean
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def run(family: str, folder: Path, steps: int | None) -> dict[str, Any]:
     """Run all stages into ``folder`` and return the summary that is printed and saved."""
     from dydit_cli.artifacts import write_json
     from dydit_cli.cli.convert import convert_with_progress
-    from dydit_cli.cli.export import export_with_progress
+    from dydit_cli.cli.export import export_with_notes
     from dydit_cli.cli.finetune import finetune_with_progress
     from dydit_cli.cli.profile import profile_with_progress
     from dydit_cli.cli.sample import sample_with_progress
@@ -111,7 +111,7 @@ def run(family: str, folder: Path, steps: int | None) -> dict[str, Any]:
     _stage(3, "the control: fine-tune the static model for as many steps")
     finetune_with_progress(static_training)
     _stage(4, "profile: count and time")
-    profile = profile_with_progress(_section(recipe, ProfileSection), yaml)
+    profile, _ = profile_with_progress(Request(_section(recipe, ProfileSection), recipe))
     _stage(5, "sample static and dynamic from the same noise")
     dynamic_samples = sample_with_progress(sampling, yaml)
     static_samples = sample_with_progress(
@@ -132,13 +132,13 @@ def run(family: str, folder: Path, steps: int | None) -> dict[str, Any]:
         comparison,
     )
     _stage(6, "export as a diffusers pipeline")
-    export_with_progress(_section(recipe, ExportSection))
+    export_with_notes(_section(recipe, ExportSection))
     _stage(7, "measure what was lost, on held-out images")
     losses = held_out_losses(
         {"base": converted.out, "static": str(static_training.out), "dynamic": str(dynamic.out)},
         training.data,
     )
-    summary = summarise(profile, dynamic.ratio, losses, static_samples.seconds, dynamic_samples.seconds)
+    summary = summarise(profile.to_json(), dynamic.ratio, losses, static_samples.seconds, dynamic_samples.seconds)
     summary |= {
         "family": family,
         "steps": training.steps,

@@ -30,7 +30,7 @@ def export(
     model: Annotated[
         str | None, typer.Option(help="Folder of dydit convert or dydit finetune.", metavar="DIR")
     ] = None,
-    format: Annotated[
+    format: Annotated[  # noqa: A002 (the key is called so)
         str | None,
         typer.Option(
             help="diffusers (a pipeline folder), original (one file, with routers), or static (the complete model again).",
@@ -42,12 +42,16 @@ def export(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, bfloat16 or float16.", show_default="float32 (diffusers), as stored (others)"),
+        typer.Option(
+            help="float32, bfloat16 or float16.", show_default="float32 (diffusers), as stored (others)"
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
     overwrite: Annotated[
         bool | None,
-        typer.Option("--overwrite/--no-overwrite", help="Replace an existing folder.", show_default="no-overwrite"),
+        typer.Option(
+            "--overwrite/--no-overwrite", help="Replace an existing folder.", show_default="no-overwrite"
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:

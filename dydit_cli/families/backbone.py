@@ -6,8 +6,9 @@ masks; both come from outside.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, cast
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -110,6 +111,14 @@ class DynamicTransformer(ModelMixin, ConfigMixin):
         self.keep_bias = 0.0
         self._executor: Executor = DenseExecutor()
 
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+        """Load as diffusers does, in eval mode, and run compactly: who loads a model wants it fast, who trains it says so."""
+        loaded = super().from_pretrained(*arguments, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.set_execution("compact")
+        return loaded
+
     def channels_returned(self, computed: int) -> int:
         """How many of the final layer's channels a forward returns."""
         return computed
@@ -137,8 +146,25 @@ class DynamicTransformer(ModelMixin, ConfigMixin):
         return self
 
     def set_keep_bias(self, keep_bias: float) -> DynamicTransformer:
-        """Add ``keep_bias`` to all router logits of later forwards: more is kept above 0, less below; +inf keeps everything."""
+        """Add ``keep_bias`` to all router logits of later forwards: more is kept above 0, less below; +inf keeps everything.
+
+        Raises:
+            DyditError: If it is no number.
+        """
+        if math.isnan(keep_bias):
+            raise DyditError(
+                "keep_bias is not a number.",
+                why="No logit is above it, so that everything would be switched off.",
+                fix="Pass 0 for the model as it is, or a larger number to keep more.",
+            )
         self.keep_bias = float(keep_bias)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicTransformer:
+        """Cast or move; copies that compact execution made of the old tensors are freed with them."""
+        if isinstance(self._executor, CompactExecutor):
+            self._executor.release()
+        super()._apply(fn, recurse)
         return self
 
     def plan(self, timesteps: Tensor | Sequence[float]) -> WidthPlan:
@@ -162,7 +188,7 @@ class DynamicTransformer(ModelMixin, ConfigMixin):
         with torch.no_grad():
             embeddings = self.t_embedder(self.native_timestep(values))
             return executor.make_plan(
-                self.dynamic_blocks, values, embeddings, ThresholdGating(self.keep_bias)
+                self.dynamic_blocks, values, embeddings, ThresholdGating(self.keep_bias), self.t_embedder
             )
 
     @torch.no_grad()
@@ -291,7 +317,9 @@ class DynamicTransformer(ModelMixin, ConfigMixin):
         """(B, N, p * p * C_out) -> (B, C_out, h, w)."""
         side, patch = self.geometry.sample_size // self.geometry.patch_size, self.geometry.patch_size
         grid = patches.view(len(patches), side, side, patch, patch, self.geometry.out_channels)
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, side * patch, side * patch)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(
+            len(patches), grid.shape[-1], side * patch, side * patch
+        )
 
     def _check_input(self, hidden_states: Tensor) -> None:
         expected = (self.geometry.in_channels, self.geometry.sample_size, self.geometry.sample_size)

@@ -37,6 +37,16 @@ TEMPLATE_KEYS = (
 )
 
 
+# How many axes the tensors have whose shapes tell the geometry.
+AXES = {
+    "pos_embed": 3,
+    "x_embedder.proj.weight": 4,
+    "y_embedder.embedding_table.weight": 2,
+    "blocks.0.mlp.fc1.weight": 2,
+    "final_layer.linear.weight": 2,
+}
+
+
 def recognises(tensors: Mapping[str, Tensor]) -> bool:
     """Whether the keys are those of a DiT or SiT (a Latte has ``temp_embed`` besides)."""
     return all(key in tensors for key in TEMPLATE_KEYS) and "temp_embed" not in tensors
@@ -81,14 +91,14 @@ def _their_key(key: str) -> str:
 
 
 def _geometry(tensors: Mapping[str, Tensor], hints: Hints) -> dict[str, Any]:
-    hidden, in_channels, patch, _ = tensors["x_embedder.proj.weight"].shape
-    depth = 1 + max(int(match[1]) for key in tensors if (match := BLOCK_KEY.match(key)))
     if "pos_embed" not in tensors:
         raise DyditError(
             "The checkpoint has no position table 'pos_embed'.",
             why="Its length tells the resolution; every original DiT and SiT file holds it.",
             fix="Save the model's whole state dict, buffers and frozen parameters included.",
         )
+    _check_axes(tensors)
+    hidden, in_channels, patch, _ = tensors["x_embedder.proj.weight"].shape
     tokens = tensors["pos_embed"].shape[1]
     side = math.isqrt(tokens)
     if side * side != tokens:
@@ -103,7 +113,7 @@ def _geometry(tensors: Mapping[str, Tensor], hints: Hints) -> dict[str, Any]:
         "patch_size": patch,
         "in_channels": in_channels,
         "hidden_size": hidden,
-        "num_layers": depth,
+        "num_layers": _depth(tensors),
         "num_attention_heads": _heads(hidden, hints),
         "num_classes": tensors["y_embedder.embedding_table.weight"].shape[0] - 1,
         "mlp_hidden_size": tensors["blocks.0.mlp.fc1.weight"].shape[0],
@@ -111,6 +121,28 @@ def _geometry(tensors: Mapping[str, Tensor], hints: Hints) -> dict[str, Any]:
         "num_groups": hints.num_groups,
         "always_on": True,
     }
+
+
+def _check_axes(tensors: Mapping[str, Tensor]) -> None:
+    for key, axes in AXES.items():
+        shape = tuple(tensors[key].shape) if key in tensors else None
+        if shape is None or len(shape) != axes or 0 in shape:
+            raise DyditError(
+                f"The tensor '{key}' of the checkpoint {f'is of shape {shape}' if shape is not None else 'is missing'}.",
+                why=f"The geometry of the model is read from its {axes} axes, none of which may be empty.",
+                fix="Save the state dict of the whole model again, or check --family.",
+            )
+
+
+def _depth(tensors: Mapping[str, Tensor]) -> int:
+    numbers = {int(match[1]) for key in tensors if (match := BLOCK_KEY.match(key))}
+    if max(numbers) != len(numbers) - 1:
+        raise DyditError(
+            f"The checkpoint holds {len(numbers)} blocks, the last of which is number {max(numbers)}.",
+            why="Blocks are numbered from 0 without gaps, so that some are missing.",
+            fix="Save the state dict of the whole model again.",
+        )
+    return len(numbers)
 
 
 def _heads(hidden: int, hints: Hints) -> int:

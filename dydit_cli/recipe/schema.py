@@ -283,7 +283,7 @@ class ExportSection(Section):
             `static` (the complete model in the source's layout).
         max_shard_size: Largest weight file, as diffusers writes it.
         vae: A local AutoencoderKL folder to put into the pipeline.
-        dtype: Type of the written weights.
+        dtype: Type of the written weights; float32 for a pipeline and the source's own otherwise, if not given.
         overwrite: Replace an existing artifact.
     """
 
@@ -295,7 +295,7 @@ class ExportSection(Section):
     format: Literal["diffusers", "original", "static"] = "diffusers"
     max_shard_size: Text = "5GB"
     vae: Location | None = None
-    dtype: Dtype = "float32"
+    dtype: Dtype | None = None
     overwrite: Flag = False
 
 

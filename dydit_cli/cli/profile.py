@@ -1,0 +1,298 @@
+"""`dydit profile`: what a model executes, what that costs, and what it takes on this machine."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dydit_cli.cli import console, stage
+from dydit_cli.cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    import torch
+
+    from dydit_cli.cli.stage import Request
+    from dydit_cli.families.backbone import DynamicTransformer
+    from dydit_cli.profiling.inputs import Inputs
+    from dydit_cli.profiling.latency import LatencyReport
+    from dydit_cli.profiling.profile import ProfileReport, ProfileSettings, Progress
+    from dydit_cli.recipe.schema import ProfileSection, SampleSection
+
+EXAMPLES = (
+    "dydit profile --model runs/t --out runs/p",
+    "dydit profile --model runs/t --json --no-latency",
+    "dydit profile --preset dit-xl/2",
+    "dydit profile demo/fashion-mnist-dit repetitions=31",
+)
+
+TRAJECTORY_IMAGES = 8
+HEAVY_GMACS = 10.0
+"""Models above this are neither timed nor sampled from on a CPU unless that is asked for: it would take many minutes."""
+
+
+UNSURE = 0.3
+"""An interval wider than this share of its ratio says little."""
+
+OVERHEAD = 0.1
+"""Time ratios that exceed the ratio of MACs by more than this are explained."""
+
+
+def profile(
+    context: typer.Context,
+    arguments: stage.RecipeArguments = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder of a converted, fine-tuned or exported model.", metavar="FOLDER"),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A published size instead, such as dit-xl/2: the static model.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Held-out samples that the token routers see.", show_default="what the model was trained on"
+        ),
+    ] = None,
+    images: Annotated[int | None, typer.Option(help="Held-out samples.", show_default="1000")] = None,
+    timesteps: Annotated[int | None, typer.Option(help="Noise levels.", show_default="50")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples of a forward while decisions are counted.", show_default="64")
+    ] = None,
+    trajectory: Annotated[
+        bool | None,
+        typer.Option(
+            "--trajectory/--no-trajectory",
+            help="Also sample a few images and report the ratio on their way.",
+            show_default="trajectory",
+        ),
+    ] = None,
+    latency: Annotated[
+        bool | None,
+        typer.Option(
+            "--latency/--no-latency",
+            help=f"Measure time and memory; on a CPU only up to {HEAVY_GMACS:g} GMACs unless given.",
+            show_default="latency",
+            rich_help_panel="Time and memory",
+        ),
+    ] = None,
+    latency_batch: Annotated[
+        int | None,
+        typer.Option(help="Images of a forward.", show_default="4", rich_help_panel="Time and memory"),
+    ] = None,
+    repetitions: Annotated[
+        int | None,
+        typer.Option(help="Interleaved rounds.", show_default="11", rich_help_panel="Time and memory"),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16.", show_default="float32", rich_help_panel="Time and memory"
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of every draw.", show_default="0")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the JSON file and the heat maps.", show_default="none is written"),
+    ] = None,
+    overwrite: Annotated[
+        bool | None,
+        typer.Option(
+            "--overwrite/--no-overwrite", help="Replace an existing folder.", show_default="no-overwrite"
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Count what a model executes at each noise level, and measure its time and memory.
+
+    Multiply-accumulates by formula, checked against fvcore and torch on the graph that really runs; the ratio to the static
+    model; heads, groups and tokens by timestep and block; parameters; interleaved time and peak memory of static, dense and
+    compact execution. With --out also heat maps.
+    """
+    from dydit_cli.cli.profile_tables import tables
+    from dydit_cli.recipe.schema import ProfileSection
+
+    request = stage.resolve(context, ProfileSection)
+    report, files = profile_with_progress(request)
+    if json:
+        console.emit_json(report.to_json())
+    else:
+        for table in tables(report):
+            console.results().print(table)
+            console.say("")
+    _say_how(report, request.section)
+    if files:
+        console.note(f"Written to {request.section.out}: {', '.join(files)}")
+    console.note(f"next: {_next_command(report, request.section)}")
+
+
+def profile_with_progress(request: Request[ProfileSection]) -> tuple[ProfileReport, list[str]]:
+    """Run a profile with a progress bar on stderr; return the report, and the files written if there is an ``out``."""
+    from dydit_cli.artifacts.writing import refuse_existing
+    from dydit_cli.devices import find_device
+    from dydit_cli.objectives import objective_for
+    from dydit_cli.profiling.inputs import find_inputs
+    from dydit_cli.profiling.profile import profile as run
+    from dydit_cli.profiling.token_maps import token_maps
+    from dydit_cli.profiling.writing import write_profile
+    from dydit_cli.recipe.schema import SampleSection
+
+    section = request.section
+    if section.out is not None:
+        refuse_existing(section.out, section.overwrite)
+    device = find_device(section.device)
+    with progress_bar() as progress:
+        task = progress.add_task("building the model" if section.preset else "loading the model", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, completed=done, total=total)
+
+        model = _model(section, device)
+        inputs: Inputs | None = None
+        if section.model is not None:
+            folder = Path(section.model).expanduser()
+            inputs = find_inputs(model.geometry, section.data, folder, section.timesteps, section.seed)
+        measure_trajectory, measure_latency = _affordable(section, model)
+        trajectory_ratio = None
+        if measure_trajectory and section.model is not None:
+            trajectory_ratio = _trajectory_ratio(model, request.recipe.get(SampleSection), section.seed, show)
+        report = run(
+            model,
+            _settings(section, measure_latency),
+            inputs=inputs,
+            trajectory_ratio=trajectory_ratio,
+            on_progress=show,
+        )
+        files: list[str] = []
+        if section.out is not None:
+            show("pictures", 0, 1)
+            maps = None
+            if inputs is not None and inputs.real:
+                maps = token_maps(model, inputs.source, objective_for(model.family), section.seed)
+            files = write_profile(
+                section.out,
+                report,
+                maps=maps,
+                settings=section.model_dump(mode="json"),
+                parent=section.model,
+                recipe_yaml=request.recipe.to_yaml(),
+                device=device,
+                overwrite=section.overwrite,
+            )
+    return report, files
+
+
+def _model(section: ProfileSection, device: torch.device) -> DynamicTransformer:
+    """The folder's model in compact execution, or the preset's in static execution."""
+    if section.preset is None:
+        from dydit_cli.artifacts import load_model
+
+        return load_model(Path(str(section.model)).expanduser(), device=device, convention="native")
+    from dydit_cli.families.registry import preset_named
+
+    if section.data is not None:
+        console.warn("a preset is the static model, which looks at no data; --data is not used.")
+    family, config = preset_named(section.preset)
+    made = family.build(config).eval().requires_grad_(False).to(device)
+    return made.set_execution("static")
+
+
+def _settings(section: ProfileSection, latency: bool) -> ProfileSettings:
+    import torch
+
+    from dydit_cli.profiling.profile import ProfileSettings
+
+    return ProfileSettings(
+        images=section.images,
+        timesteps=section.timesteps,
+        batch_size=section.batch_size,
+        latency=latency,
+        latency_batch=section.latency_batch,
+        repetitions=section.repetitions,
+        dtype=getattr(torch, section.dtype),
+        seed=section.seed,
+    )
+
+
+def _affordable(section: ProfileSection, model: DynamicTransformer) -> tuple[bool, bool]:
+    """Whether to sample and whether to time: as set, but on a CPU not for large models unless it was asked for."""
+    from dydit_cli.flops import macs_of
+
+    heavy = model.device.type == "cpu" and macs_of(model.geometry).total > HEAVY_GMACS * 1e9
+    asked = section.model_fields_set
+    return (
+        section.trajectory and ("trajectory" in asked or not heavy),
+        section.latency and ("latency" in asked or not heavy),
+    )
+
+
+def _trajectory_ratio(
+    model: DynamicTransformer, sampling: SampleSection | None, seed: int, show: Progress
+) -> float:
+    """The mean ratio along sampling trajectories: those of the recipe's `sample` section, else 50 steps with guidance 1.5."""
+    from dydit_cli.sampling.generate import generate
+
+    chosen = (
+        {}
+        if sampling is None
+        else sampling.model_dump(include={"steps", "guidance", "guidance_channels", "sampler"})
+    )
+    ratios: list[float] = []
+    for batch in generate(
+        model,
+        num_images=TRAJECTORY_IMAGES,
+        batch_size=TRAJECTORY_IMAGES,
+        seed=seed,
+        on_progress=lambda done: show("sampling", int(done), TRAJECTORY_IMAGES),
+        **chosen,
+    ):
+        ratios += batch.ratios.tolist()
+    return sum(ratios) / len(ratios)
+
+
+def _say_how(report: ProfileReport, section: ProfileSection) -> None:
+    """Say on stderr what the numbers rest on."""
+    console.note("MACs are multiply-accumulates; what the papers call FLOPs are these.")
+    if report.inputs is not None:
+        say = console.note if report.inputs["real"] else console.warn
+        say(report.inputs["note"])
+    for name, counted in report.counted.items():
+        if not counted.agrees:
+            console.warn(
+                f"the counters differ from the formula of the {name} model by {counted.deviation:.2%}; please report this."
+            )
+    if report.latency is None and section.latency:
+        console.note(
+            f"Time was not measured: above {HEAVY_GMACS:g} GMACs it takes long on a CPU. Pass --latency for it."
+        )
+    if report.latency is not None:
+        _say_how_sure(report.latency, report.total_ratio)
+
+
+def _say_how_sure(latency: LatencyReport, total_ratio: float) -> None:
+    """Say on stderr what a measured time is worth."""
+    low, high = latency.interval
+    if high - low > UNSURE * latency.ratio:
+        console.warn(
+            "the times vary so much that their ratio is not to be trusted: something else keeps the machine busy. Try again "
+            "when it is idle, with OMP_NUM_THREADS=1, or with more --repetitions."
+        )
+    elif latency.ratio > total_ratio + OVERHEAD:
+        console.note(
+            "Time falls less than MACs here: starting operations, LayerNorm and adaLN cost the same at any width, and weigh "
+            "more in a small model or batch."
+        )
+
+
+def _next_command(report: ProfileReport, section: ProfileSection) -> str:
+    if section.preset is not None:
+        return f"dydit convert --checkpoint CHECKPOINT --family {report.model['family']} --out runs/converted"
+    model = shlex.quote(str(section.model))
+    if report.ratio > 0.9999:  # untrained routers keep everything
+        return f"dydit finetune --model {model} --data DATA --steps STEPS --target-ratio 0.5 --out runs/finetuned"
+    return f"dydit sample --model {model} --num-images 8 --out runs/samples"

@@ -1,0 +1,100 @@
+"""Where a model comes from, as the manifests of the artifacts before it tell: base checkpoint, training, cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dydit_cli.artifacts import read_manifest
+from dydit_cli.checkpoints.builtin import FOLDER, PREFIX
+from dydit_cli.errors import DyditError
+
+LONGEST = 32
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What is known of a model's past; whatever is not known is None or empty.
+
+    Attributes:
+        base: Path of the checkpoint that was made dynamic, or ``builtin:NAME``.
+        container: Its container, ``torch`` or ``safetensors``.
+        dtypes: Type of its tensors by key; ``*`` is that of all others.
+        ratio: Measured share of the static model's attention and MLP MACs; None before any fine-tuning.
+        target_ratio: What fine-tuning aimed at.
+        steps: Optimiser steps of the last fine-tuning.
+        data: What it was trained on, as given.
+        classes: Names of the classes, where the data had them.
+    """
+
+    base: str | None = None
+    container: str = "torch"
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    ratio: float | None = None
+    target_ratio: float | None = None
+    steps: int | None = None
+    data: str | None = None
+    classes: tuple[str, ...] = ()
+
+
+def lineage_of(model: str | Path) -> Lineage:
+    """Follow the manifests from an artifact to the checkpoint that it began with, as far as they are still there."""
+    facts: dict[str, Any] = {}
+    folder = Path(model)
+    for _ in range(LONGEST):
+        manifest = _manifest(folder)
+        if manifest is None:
+            break
+        # What a later stage says of the model holds; earlier ones fill in the rest.
+        facts = {**_facts(manifest), **facts}
+        parent = (manifest.get("parent") or {}).get("path")
+        if parent is None or manifest.get("stage") == "convert":
+            break
+        folder = Path(parent)
+    return Lineage(**facts)
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    try:
+        return read_manifest(folder)
+    except DyditError:
+        # A model without its history is a model all the same; the card then says that the base is not known.
+        return None
+
+
+def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    stage, settings, results = (
+        manifest.get("stage"),
+        manifest.get("settings") or {},
+        manifest.get("results") or {},
+    )
+    if stage == "convert":
+        source = results.get("source") or {}
+        found = {
+            "base": _base(source.get("path")),
+            "container": source.get("container"),
+            "dtypes": source.get("dtypes"),
+        }
+    elif stage == "finetune":
+        data = results.get("data") or {}
+        found = {
+            "ratio": results.get("ratio"),
+            "target_ratio": settings.get("target_ratio"),
+            "steps": results.get("steps"),
+            "data": settings.get("data"),
+            "classes": tuple(data.get("classes") or ()),
+        }
+    elif stage == "export":
+        # An export carries the whole of it, because it travels without its parents.
+        found = dict(results.get("lineage") or {})
+        found["classes"] = tuple(found.get("classes") or ())
+    else:
+        found = {}
+    return {name: value for name, value in found.items() if value is not None and value != ()}
+
+
+def _base(path: str | None) -> str | None:
+    """A shipped model by its name: where the package is installed says nothing to whoever gets the export."""
+    return f"{PREFIX}{Path(path).stem}" if path is not None and Path(path).parent == FOLDER else path
