@@ -91,6 +91,12 @@ def load_model(
     Raises:
         DyditError: If the folder holds no whole dynamic model.
     """
+    if convention not in ("stored", "native"):
+        raise DyditError(
+            f"There is no convention called '{convention}'.",
+            why="A model is read in the convention it is stored in, or in its family's native one.",
+            fix="Pass convention='stored' or convention='native'.",
+        )
     config = model_config(path)
     stored = class_named(config["_class_name"])
     if stored is None:
@@ -98,8 +104,13 @@ def load_model(
     model_class = family_named(stored.family).model_class if convention == "native" else stored
     folder = model_folder(path)
     try:
-        model: DynamicTransformer = model_class.from_pretrained(
-            str(folder), torch_dtype=torch_dtype or torch.float32
+        model: DynamicTransformer
+        model, report = model_class.from_pretrained(
+            str(folder),
+            torch_dtype=torch_dtype or torch.float32,
+            output_loading_info=True,
+            # Never the pickled .bin files that diffusers would fall back to.
+            use_safetensors=True,
         )
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise DyditError(
@@ -107,9 +118,34 @@ def load_model(
             why=f"A weight file is missing, damaged or does not fit config.json: {_first_line(error)}",
             fix="Copy the folder again, or run the stage that wrote it again.",
         ) from error
+    _check_whole(model, report, folder)
     model.eval().requires_grad_(False)
     model.set_execution(execution).set_keep_bias(keep_bias)
     return model.to(device) if device is not None else model
+
+
+def _check_whole(model: DynamicTransformer, report: dict[str, Any], folder: Path) -> None:
+    """Raise unless every tensor came from the file; diffusers only warns, and leaves what is missing without values."""
+    misfits = {
+        name.replace("_keys", ""): sorted(report[name]) for name in ("missing_keys", "unexpected_keys")
+    }
+    faults = [f"{len(keys)} {kind} ({', '.join(keys[:3])})" for kind, keys in misfits.items() if keys]
+    if not faults:
+        faults = [
+            f"the {name} of block {number} does not name every unit once"
+            for number, block in enumerate(model.dynamic_blocks)
+            for name, order in (
+                ("head_order", block.attn.head_order),
+                ("channel_order", block.mlp.channel_order),
+            )
+            if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device))
+        ]
+    if faults:
+        raise DyditError(
+            f"The weights in {folder} are not those of its config.json.",
+            why=f"Of their tensors, {'; '.join(faults[:3])}.",
+            fix="Copy the folder again, or run the stage that wrote it again.",
+        )
 
 
 def load_for_training(path: str | Path, device: torch.device | str | None = None) -> DynamicTransformer:

@@ -33,19 +33,22 @@ def versions() -> dict[str, str]:
 
 
 def source_commit() -> str | None:
-    """The commit of the checkout that this package runs from, or None outside one."""
+    """The commit of the checkout that this package runs from, or None outside one.
+
+    An installation inside a project of the user's is not part of that project: git must know this very file.
+    """
+    file = Path(__file__)
     try:
-        result = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        _git(file.parent, "ls-files", "--error-unmatch", file.name)
+        return _git(file.parent, "rev-parse", "HEAD")
+    except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout.strip() or None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", *arguments]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=5, check=True)
+    return result.stdout.strip()
 
 
 def device_description(device: torch.device | str) -> str:
@@ -144,10 +147,17 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise DyditError(
             f"{path} is damaged.", why=f"It is not JSON: {error}.", fix="Run the stage that wrote it again."
         ) from error
-    if not isinstance(content, dict) or content.get("schema", 0) > SCHEMA:
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if not isinstance(schema, int):
+        raise DyditError(
+            f"{path} is not a manifest of dydit.",
+            why="It has no schema number; another program's file may bear the same name.",
+            fix="Pass the --out folder of an earlier stage.",
+        )
+    if schema > SCHEMA:
         raise DyditError(
             f"{path} was written by a newer dydit.",
-            why=f"Its schema is {content.get('schema') if isinstance(content, dict) else '?'}; this version reads up to {SCHEMA}.",
+            why=f"Its schema is {schema}; this version reads up to {SCHEMA}.",
             fix="Upgrade dydit.",
         )
-    return content
+    return dict(content)

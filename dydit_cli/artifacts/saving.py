@@ -9,7 +9,7 @@ from dydit_cli.artifacts.writing import writing
 from dydit_cli.errors import DyditError
 from dydit_cli.families.backbone import DynamicTransformer
 
-SIZE = re.compile(r"^\d+(\.\d+)?\s*(KB|MB|GB|KiB|MiB|GiB)$", re.IGNORECASE)
+SIZE = re.compile(r"\d+(\.\d+)?\s*(KB|MB|GB)", re.IGNORECASE)
 
 
 def save_model(model: DynamicTransformer, folder: str | Path, max_shard_size: str = "5GB") -> None:
@@ -18,11 +18,13 @@ def save_model(model: DynamicTransformer, folder: str | Path, max_shard_size: st
     Raises:
         DyditError: If the size is not one, or the disk refuses.
     """
-    if not SIZE.match(max_shard_size):
+    if not SIZE.fullmatch(max_shard_size):
         raise DyditError(
             f"'{max_shard_size}' is not a shard size.",
             why="A number and KB, MB or GB are expected.",
             fix="Write it like 5GB.",
         )
     with writing(Path(folder)):
+        # diffusers returns without a word where a file has the folder's name.
+        Path(folder).mkdir(parents=True, exist_ok=True)
         model.save_pretrained(str(folder), max_shard_size=max_shard_size, safe_serialization=True)

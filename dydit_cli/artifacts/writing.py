@@ -56,7 +56,7 @@ def _explained(path: Path, error: OSError) -> DyditError:
         )
     return DyditError(
         f"{path} could not be written.",
-        why=f"The system reported '{error.strerror or error}'.",
+        why=f"The system reported '{error.strerror or error}'{f' for {error.filename}' if error.filename else ''}.",
         fix="Check that the parent folder exists and is writable, or choose another --out.",
     )
 
@@ -89,10 +89,17 @@ def artifact_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Pat
     """Give a temporary folder beside ``out`` that becomes ``out`` when the block ends well, and vanishes when it does not.
 
     Raises:
-        DyditError: If ``out`` exists and ``overwrite`` is off, or if the disk refuses.
+        DyditError: If ``out`` exists and ``overwrite`` is off, if it is where the process runs, or if the disk refuses.
     """
-    out = Path(out)
-    refuse_existing(out, overwrite)
+    refuse_existing(Path(out), overwrite)
+    # Absolute, because a relative path leads elsewhere once a folder on its way has been renamed.
+    out = Path(os.path.abspath(out))
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise DyditError(
+            f"{out} is the folder that dydit runs in.",
+            why="An artifact takes the place of the whole folder, which would vanish under the running command.",
+            fix="Choose another --out, or run dydit from another folder.",
+        )
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
@@ -102,6 +109,8 @@ def artifact_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Pat
         with writing(out):
             yield temporary
             _make_readable(temporary)
+            # Another run with the same --out may have ended meanwhile.
+            refuse_existing(out, overwrite)
             _replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -126,8 +135,15 @@ def _replace(temporary: Path, out: Path) -> None:
         temporary.rename(out)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent)) / "old"
-    out.rename(old)
-    temporary.rename(out)
+    try:
+        out.rename(old)
+        temporary.rename(out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        # Refuses where anything is left in it, so that nothing is lost if the way back fails too.
+        old.parent.rmdir()
+        raise
     shutil.rmtree(old.parent, ignore_errors=True)
 
 

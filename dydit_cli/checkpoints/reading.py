@@ -61,7 +61,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if path.is_dir():
         return _read_folder(path)
     if path.suffix == ".safetensors":
-        return Checkpoint(path, _strip_prefixes(_read_safetensors(path)), "", "safetensors")
+        return Checkpoint(path, _flat(_read_safetensors(path), path), "", "safetensors")
     if path.suffix in TORCH_SUFFIXES or zipfile.is_zipfile(path):
         tensors, copy = _unwrap(_read_torch(path), path)
         return Checkpoint(path, _strip_prefixes(tensors), copy, "torch")
@@ -76,7 +76,7 @@ def _read_folder(folder: Path) -> Checkpoint:
     for name in WEIGHT_NAMES:
         index = folder / f"{name}.safetensors.index.json"
         if index.exists():
-            return Checkpoint(folder, _strip_prefixes(_read_shards(index)), "", "safetensors")
+            return Checkpoint(folder, _flat(_read_shards(index), index), "", "safetensors")
     candidates = sorted(
         entry
         for entry in folder.iterdir()
@@ -141,15 +141,8 @@ def _read_torch(path: Path) -> Any:
                 fix="Ask for a .safetensors file, or save its state dict alone with torch.save where you trust it.",
             ) from error
         raise _unreadable(path, error) from error
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        UnicodeDecodeError,
-    ) as error:
+    except Exception as error:
+        # A damaged pickle makes the reader stumble over anything: an empty stack, a missing storage, a wrong type.
         raise _unreadable(path, error) from error
 
 
@@ -186,11 +179,20 @@ def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], str]:
         if tensors:
             return tensors, ""
     keys = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__
-    raise DyditError(
-        f"{path} holds no weights.",
-        why=f"A state dict, flat or under one of {', '.join(WRAPPERS)}, was expected; found: {keys}.",
-        fix="Save the model's state dict into it.",
+    raise _no_weights(
+        path, f"A state dict, flat or under one of {', '.join(WRAPPERS)}, was expected; found: {keys}."
     )
+
+
+def _flat(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors of a flat file without prefixes."""
+    if not tensors:
+        raise _no_weights(path, "It is whole, but names no tensor.")
+    return _strip_prefixes(tensors)
+
+
+def _no_weights(path: Path, why: str) -> DyditError:
+    return DyditError(f"{path} holds no weights.", why=why, fix="Save the model's state dict into it.")
 
 
 def _tensors(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:

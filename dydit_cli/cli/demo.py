@@ -138,7 +138,9 @@ def run(family: str, folder: Path, steps: int | None) -> dict[str, Any]:
         {"base": converted.out, "static": str(static_training.out), "dynamic": str(dynamic.out)},
         training.data,
     )
-    summary = summarise(profile.to_json(), dynamic.ratio, losses, static_samples.seconds, dynamic_samples.seconds)
+    summary = summarise(
+        profile.to_json(), dynamic.ratio, losses, static_samples.seconds, dynamic_samples.seconds
+    )
     summary |= {
         "family": family,
         "steps": training.steps,

@@ -125,9 +125,9 @@ def profile(
         for table in tables(report):
             console.results().print(table)
             console.say("")
+        if files:
+            console.say(f"Written to {request.section.out}: {', '.join(files)}")
     _say_how(report, request.section)
-    if files:
-        console.note(f"Written to {request.section.out}: {', '.join(files)}")
     console.note(f"next: {_next_command(report, request.section)}")
 
 

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dydit_cli.artifacts import artifact_folder, save_model, write_json, write_manifest
 from dydit_cli.artifacts.writing import refuse_existing
 from dydit_cli.checkpoints import Checkpoint, read_checkpoint
@@ -115,6 +117,7 @@ def convert(
     chosen = choose_family(read, _builtin_family(checkpoint) if family == "auto" else family)
     source = chosen.read(read.tensors, hints)
     model = build_from(chosen, source, seed)
+    _refuse_broken_weights(read)
     say("ranking heads and channels", 0, 1)
     if source.dynamic:
         # Trained routers address the units in the order that the file gives them.
@@ -156,6 +159,16 @@ def convert(
         if recipe_yaml is not None:
             (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
     return report
+
+
+def _refuse_broken_weights(checkpoint: Checkpoint) -> None:
+    for key, tensor in checkpoint.tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise DyditError(
+                f"{checkpoint.path} holds weights that are not numbers.",
+                why=f"'{key}' has NaN or infinite values: the training that wrote it had diverged, or the file is damaged.",
+                fix="Bring an earlier checkpoint of that run.",
+            )
 
 
 def candidate_families(checkpoint: Checkpoint) -> list[Family]:

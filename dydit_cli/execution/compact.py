@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dydit_cli.dynamic.gates import Gating, ThresholdGating
 from dydit_cli.dynamic.layers import DynamicAttention
@@ -78,9 +77,18 @@ class CompactExecutor:
         self._store = SlabStore(slice_budget)
         self._plan: WidthPlan | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompactExecutor:
-        """A copied model packs its own weights."""
-        return CompactExecutor(self._slice_budget)
+    def __reduce__(self) -> tuple[type[CompactExecutor], tuple[float]]:
+        """A copied or pickled model packs its own weights."""
+        return CompactExecutor, (self._slice_budget,)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes held beside the model's own: packed weights and gathered slices."""
+        return self._store.packed_bytes
+
+    def release(self) -> None:
+        """Free the packed weights; the next forward packs again."""
+        self._store.clear()
 
     @property
     def plan(self) -> WidthPlan | None:
@@ -93,8 +101,12 @@ class CompactExecutor:
         timesteps: Tensor,
         time_embeddings: Tensor,
         gating: ThresholdGating,
+        embedder: nn.Module,
     ) -> WidthPlan:
-        """Decide the widths of the (S,) ``timesteps`` with their (S, C) embeddings in one call and use them from now on."""
+        """Decide the widths of the (S,) ``timesteps`` with their (S, C) embeddings in one call and use them from now on.
+
+        They hold as long as the routers of ``blocks`` and the ``embedder`` that made the embeddings stay as they are.
+        """
         widths = [
             BlockWidth(width.heads.cpu(), width.groups.cpu())
             for width in live_widths(blocks, time_embeddings, gating)
@@ -105,19 +117,20 @@ class CompactExecutor:
             ]
             for step, t in enumerate(timesteps.tolist())
         }
-        self._plan = WidthPlan(gating.keep_bias, entries, source=self._plan_source(blocks))
+        source = self._plan_source(blocks, embedder)
+        self._plan = WidthPlan(gating.keep_bias, entries, embedder=embedder, source=source)
         return self._plan
 
     @staticmethod
-    def _plan_source(blocks: Sequence[DynamicBlock]) -> tuple[object, ...]:
-        return tuple(
-            stamp_of(router) for block in blocks for router in (block.head_router, block.channel_router)
-        )
+    def _plan_source(blocks: Sequence[DynamicBlock], embedder: nn.Module) -> tuple[object, ...]:
+        routers = [router for block in blocks for router in (block.head_router, block.channel_router)]
+        return tuple(stamp_of(module) for module in (embedder, *routers))
 
     def widths(
         self, blocks: Sequence[DynamicBlock], timestep: Tensor, time_embedding: Tensor, gating: Gating
     ) -> Sequence[BlockWidth]:
-        """See `Executor`. A planned timestep asks no router; a batch that shares its timestep asks them once."""
+        """See `Executor`. A planned timestep asks no router."""
+        self._store.drop_edited()
         batch, device = len(time_embedding), time_embedding.device
         planned = self._planned(blocks, timestep, gating)
         if planned is not None:
@@ -145,7 +158,7 @@ class CompactExecutor:
         plan = self._plan
         if plan is None or not isinstance(gating, ThresholdGating) or gating.keep_bias != plan.keep_bias:
             return None
-        if plan.source != self._plan_source(blocks):
+        if plan.source != self._plan_source(blocks, plan.embedder):
             self._plan = None
             return None
         return plan.find(timestep)
@@ -161,7 +174,8 @@ class CompactExecutor:
             return self._attend(attention, inputs, parts[0].active)
         output = torch.empty_like(inputs)
         for part in parts:
-            output[part.rows] = self._attend(attention, inputs[part.rows], part.active)
+            # Under autocast the result may be of a smaller type than the inputs.
+            output[part.rows] = self._attend(attention, inputs[part.rows], part.active).to(output.dtype)
         return output
 
     def _attend(self, attention: DynamicAttention, inputs: Tensor, active: tuple[int, ...]) -> Tensor:
@@ -223,7 +237,7 @@ class CompactExecutor:
             modulation.scale.index_select(0, sample),
         )
         update = modulation.gate.index_select(0, sample) * self._mlp(inputs, weights)
-        return output.flatten(0, 1).index_add(0, flat, update).view(batch, length, channels)
+        return output.flatten(0, 1).index_add(0, flat, update.to(output.dtype)).view(batch, length, channels)
 
     @staticmethod
     def _mlp(rows: Tensor, weights: Slice) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dydit_cli.execution.interface import BlockWidth
 
@@ -17,13 +17,16 @@ class WidthPlan:
     Attributes:
         keep_bias: The dial with which the widths were decided; a plan made with another one is not used.
         entries: t -> widths of every block, masks of shape (1, H) and (1, G) on the CPU.
+        embedder: What made the timestep embeddings.
+        source: Stamps of the embedder and the routers; a plan whose source has changed is not used.
         hits: Forward passes that found their timestep.
         misses: Forward passes that had to ask the routers.
     """
 
     keep_bias: float
     entries: Mapping[float, Sequence[BlockWidth]]
-    source: tuple[object, ...] = ()
+    embedder: nn.Module
+    source: tuple[object, ...]
     hits: int = field(default=0)
     misses: int = field(default=0)
 

@@ -40,7 +40,9 @@ def test_a_shipped_model_becomes_an_artifact_that_loads(family: str, tmp_path: P
 def test_the_stored_weights_are_the_source_bit_for_bit_and_in_its_order(tmp_path: Path) -> None:
     dydit_cli.convert("builtin:dit_fmnist", out=tmp_path / "c", importance="random", seed=5)
     stored = load_file(tmp_path / "c" / "diffusion_pytorch_model.safetensors")
-    source = torch.load(Path(dydit_cli.__file__).parent / "assets" / "models" / "dit_fmnist.pt", weights_only=True)
+    source = torch.load(
+        Path(dydit_cli.__file__).parent / "assets" / "models" / "dit_fmnist.pt", weights_only=True
+    )
     assert all(torch.equal(stored[key], source[key]) for key in source)
     assert stored["blocks.0.attn.head_order"].tolist() != list(range(8))
 
@@ -82,9 +84,15 @@ def test_scores_of_an_earlier_conversion_give_the_same_order(tmp_path: Path) -> 
         ({"checkpoint": "builtin:dit_fmnist", "num_groups": 7}, "near divisors of 512"),
         ({"checkpoint": "builtin:dit_fmnist", "importance": "taylor"}, "needs data"),
         ({"checkpoint": "builtin:dit_fmnist", "max_shard_size": "big"}, "not a shard size"),
-        ({"checkpoint": PARITY / "dit_tiny" / "checkpoint.pt", "num_heads": 6}, "--family dit or --family sit"),
+        (
+            {"checkpoint": PARITY / "dit_tiny" / "checkpoint.pt", "num_heads": 6},
+            "--family dit or --family sit",
+        ),
         ({"checkpoint": PARITY / "dit_tiny" / "checkpoint.pt", "family": "dit"}, "--num-heads"),
-        ({"checkpoint": PARITY / "dydit_official_tiny" / "checkpoint.pt", "num_heads": 6, "family": "sit"}, "--family dit"),
+        (
+            {"checkpoint": PARITY / "dydit_official_tiny" / "checkpoint.pt", "num_heads": 6, "family": "sit"},
+            "--family dit",
+        ),
         ({"checkpoint": PARITY / "dydit_official_tiny" / "checkpoint.pt", "num_heads": 8}, "--num-heads 6"),
     ],
 )
@@ -114,3 +122,11 @@ def test_an_artifact_is_not_converted_again(tmp_path: Path) -> None:
     dydit_cli.convert("builtin:dit_fmnist", out=tmp_path / "c")
     with pytest.raises(DyditError, match="is dynamic already"):
         dydit_cli.convert(tmp_path / "c", out=tmp_path / "d")
+
+
+def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+    tensors = torch.load(PARITY / "dit_tiny" / "checkpoint.pt", weights_only=True)
+    tensors["blocks.1.attn.proj.bias"][3] = float("nan")
+    torch.save(tensors, tmp_path / "broken.pt")
+    with pytest.raises(DyditError, match=r"blocks.1.attn.proj.bias"):
+        dydit_cli.convert(tmp_path / "broken.pt", family="dit", num_heads=6, out=tmp_path / "c")

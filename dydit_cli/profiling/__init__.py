@@ -1,0 +1,1 @@
+"""Counting, timing and drawing what a dynamic model executes."""

@@ -1,0 +1,37 @@
+"""Random samples as a data source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dydit_cli.data.source import Draw
+from dydit_cli.dynamic.geometry import Geometry
+
+
+class RandomSource:
+    """Samples in [-1, 1] whose labels go round the classes."""
+
+    def __init__(self, geometry: Geometry, samples: int) -> None:
+        generator = torch.Generator().manual_seed(3)
+        shape = (samples, geometry.in_channels, geometry.sample_size, geometry.sample_size)
+        self._samples = torch.rand(shape, generator=generator) * 2 - 1
+        self.labels = torch.arange(samples) % geometry.num_classes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def key(self, index: int) -> str:
+        return str(index)
+
+    def batch(self, indices: Sequence[int], draw: Draw | None = None) -> Tensor:
+        return self._samples[list(indices)]
+
+    def sample(self, index: int) -> tuple[Tensor, int]:
+        return self._samples[index], int(self.labels[index])
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "images", "samples": len(self)}
