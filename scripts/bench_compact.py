@@ -152,7 +152,7 @@ def main() -> None:
     found = paired_ratio(seconds["compact"], seconds["static"])
     medians = {name: float(torch.tensor(values).median()) * 1000 for name, values in seconds.items()}
     result = {
-        **vars(options),
+        **{name: value for name, value in vars(options).items() if name != "json"},
         "ideal": round(ideal, 4),
         "ratio": round(found.ratio, 4),
         "interval": [round(found.low, 4), round(found.high, 4)],

@@ -126,8 +126,8 @@ def run(family: str, folder: Path, steps: int | None) -> dict[str, Any]:
     comparison = folder / "comparison.png"
     side_by_side(
         [
-            ("static, fine-tuned as long", folder / "samples-static" / "grid.png"),
-            (f"dynamic, {dynamic_samples.trajectory_ratio:.0%} of the work", folder / "samples" / "grid.png"),
+            ("static, fine-tuned as long", folder / "samples-static"),
+            (f"dynamic, {dynamic_samples.trajectory_ratio:.0%} of the work", folder / "samples"),
         ],
         comparison,
     )

@@ -23,11 +23,12 @@ from dydit_cli.profiling.counting import CountedMacs, count_compact, count_stati
 from dydit_cli.profiling.inputs import Inputs
 from dydit_cli.profiling.latency import LatencyReport, measure_latency
 from dydit_cli.profiling.shares import GIGA, BlockShares, Executed, TimestepShares, measure_shares
+from dydit_cli.randomness import normal
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is, and of how much."""
 
-PARTS = 1e6
+JSON_PARTS = 1e6
 """JSON keeps six decimals of GMACs: single multiply-accumulates of the smallest models."""
 
 
@@ -193,7 +194,7 @@ def profile(
     else:
         raise ValueError("a dynamic model is profiled on inputs; see find_inputs")
     clean, labels = _samples(model, inputs, settings.latency_batch if settings.latency else 1)
-    counted = _counted(model, objective, clean[:1], labels[:1], on_progress)
+    counted = _counted(model, objective, clean[:1], labels[:1], settings.seed, on_progress)
     latency = None
     if settings.latency:
         latency = measure_latency(
@@ -280,6 +281,7 @@ def _counted(
     objective: Objective,
     clean: torch.Tensor,
     labels: torch.Tensor,
+    seed: int,
     on_progress: Progress,
 ) -> dict[str, CountedGmacs]:
     """Count the static model, and the compact graph in the middle of the noise levels."""
@@ -288,7 +290,7 @@ def _counted(
     on_progress("counting", 0, total)
     # An odd grid has a middle.
     t = objective.grid(3)[1:2]
-    noised = objective.noised(clean, torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)), t)
+    noised = objective.noised(clean, normal(seed, tuple(clean.shape), "counting_noise"), t)
     given = (noised.to(model.device), t.to(model.device), labels.to(model.device))
     counted = {"static": CountedGmacs.of(count_static(model, *given))}
     on_progress("counting", 1, total)
@@ -303,7 +305,7 @@ def _counted(
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         # inf is a legal keep_bias, and no number in JSON.
-        return round(value * PARTS) / PARTS if abs(value) < float("inf") else str(value)
+        return round(value * JSON_PARTS) / JSON_PARTS if abs(value) < float("inf") else str(value)
     if isinstance(value, dict):
         return {key: _rounded(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

@@ -6,7 +6,7 @@ The samples, timesteps and noise are those of `dydit_cli.objectives`' ratio, so 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -89,13 +89,11 @@ class _Rows:
     gmacs: Tensor
 
 
-def covering_draws(source_size: int, draws: HeldOutDraws) -> HeldOutDraws:
+def covering_draws(draws: HeldOutDraws) -> HeldOutDraws:
     """Let each sample be seen at as many timesteps as are needed for every timestep to be seen at all."""
-    available = max(1, min(source_size, draws.images))
+    available = max(1, min(len(draws.source), draws.images))
     per_image = max(draws.per_image, -(-draws.timesteps // available))
-    return HeldOutDraws(
-        draws.source, draws.objective, draws.images, draws.timesteps, per_image, draws.batch_size, draws.seed
-    )
+    return replace(draws, per_image=per_image)
 
 
 @torch.no_grad()
@@ -111,7 +109,7 @@ def measure_shares(
         draws: Samples, timesteps and noise.
         on_progress: Told how many samples of how many are done.
     """
-    draws = covering_draws(len(draws.source), draws)
+    draws = covering_draws(draws)
     static = model.execution == "static"
     executor: Executor = StaticExecutor() if static else CompactExecutor()
     gating: Gating = CompleteGating() if static else ThresholdGating(model.keep_bias)

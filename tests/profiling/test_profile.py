@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dydit_cli.artifacts import save_model
 from dydit_cli.families.family import Family
 from dydit_cli.families.registry import preset_named
 from dydit_cli.flops import macs_of
@@ -141,3 +144,20 @@ def test_progress_is_told_and_ends_whole() -> None:
     profile(model, SETTINGS, inputs=inputs_for(model), on_progress=note)
     assert set(told) == {"routing", "counting", "time and memory"}
     assert all(done == total for done, total in told.values())
+
+
+def test_the_example_of_the_documentation_runs(repository: Path, own_folder: Path) -> None:
+    page = (repository / "docs" / "profiling.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    folder = own_folder / "runs" / "trained"
+    folder.mkdir(parents=True)
+    save_model(tiny_model(sample_size=32, patch_size=8), folder)
+    names: dict[str, Any] = {}
+    exec(compile(example, "docs/profiling.md", "exec"), names)
+    assert 0 < names["report"].routed < macs_of(names["model"].geometry).routed
+
+
+def test_the_documentation_names_every_key(report: ProfileReport, repository: Path) -> None:
+    page = (repository / "docs" / "profiling.md").read_text(encoding="utf-8")
+    missing = [key for key in report.to_json() if f"`{key}`" not in page]
+    assert not missing
