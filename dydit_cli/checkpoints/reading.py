@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -127,7 +128,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            # torch asks for an issue to be filed about pickles of another age; what cannot be read is explained below.
+            warnings.simplefilter("ignore", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if (
@@ -160,7 +163,8 @@ def _first_global(message: str) -> str:
 
 def _unreadable(path: Path, error: Exception) -> DyditError:
     size = path.stat().st_size if path.exists() else 0
-    said = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+    # torch adds advice of several sentences, for files of its own only.
+    said = str(error).splitlines()[0].split(". ")[0][:160].rstrip(".") if str(error) else type(error).__name__
     return DyditError(
         f"{path} cannot be read as a checkpoint.",
         why=f"The file is cut short or damaged, or not a checkpoint: {size:,} bytes, {said}.",

@@ -45,7 +45,8 @@ class HeldOutDraws:
         objective: Of the model's family; gives the timesteps.
         images: Samples to use, at most.
         timesteps: How many, evenly spaced.
-        per_image: At how many of them each sample is seen.
+        per_image: At how many of them each sample is seen, at least; more where there are fewer samples than timesteps, so that
+            every timestep is seen.
         batch_size: Samples of one batch, at most.
         seed: Of the choice of samples and of the noise.
     """
@@ -57,6 +58,17 @@ class HeldOutDraws:
     per_image: int = 1
     batch_size: int = BATCH_SIZE
     seed: int = 0
+
+    @property
+    def samples(self) -> int:
+        """How many samples are used."""
+        return min(self.images, len(self.source))
+
+    @property
+    def turns(self) -> int:
+        """At how many timesteps each sample is seen."""
+        needed = -(-self.timesteps // max(1, self.samples))
+        return min(self.timesteps, max(self.per_image, needed))
 
     def batches(self, device: torch.device | str) -> Iterator[HeldOutBatch]:
         """The samples in the order of t, each batch of one timestep."""
@@ -70,11 +82,10 @@ class HeldOutDraws:
     def _meets(self, position: int, level: int) -> bool:
         """Whether the sample at ``position`` of the order is seen at timestep number ``level``.
 
-        It is seen at ``per_image`` evenly spaced levels, beginning with its position: every level gets its
+        It is seen at ``turns`` evenly spaced levels, beginning with its position: every level gets its
         share of the samples.
         """
-        turns = min(self.per_image, self.timesteps)
-        levels = ((position + turn * self.timesteps // turns) % self.timesteps for turn in range(turns))
+        levels = ((position + turn * self.timesteps // self.turns) % self.timesteps for turn in range(self.turns))
         return level in levels
 
     def _batch(self, indices: list[int], level: int, t: float, device: torch.device | str) -> HeldOutBatch:

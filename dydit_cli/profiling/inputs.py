@@ -67,7 +67,7 @@ def find_inputs(
     named = data_of(model) if model is not None else None
     if named is not None:
         try:
-            return _held_out(geometry, named, "which the model was trained on")
+            return _held_out(geometry, named, "the data set that the model was trained on")
         except DyditError:
             # What the manifest names may have changed since; nobody asked for it, so the next choice is taken.
             named = None

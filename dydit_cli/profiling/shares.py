@@ -6,7 +6,7 @@ The samples, timesteps and noise are those of `dydit_cli.objectives`' ratio, so 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -89,13 +89,6 @@ class _Rows:
     gmacs: Tensor
 
 
-def covering_draws(draws: HeldOutDraws) -> HeldOutDraws:
-    """Let each sample be seen at as many timesteps as are needed for every timestep to be seen at all."""
-    available = max(1, min(len(draws.source), draws.images))
-    per_image = max(draws.per_image, -(-draws.timesteps // available))
-    return replace(draws, per_image=per_image)
-
-
 @torch.no_grad()
 def measure_shares(
     model: DynamicTransformer,
@@ -109,19 +102,17 @@ def measure_shares(
         draws: Samples, timesteps and noise.
         on_progress: Told how many samples of how many are done.
     """
-    draws = covering_draws(draws)
     static = model.execution == "static"
     executor: Executor = StaticExecutor() if static else CompactExecutor()
     gating: Gating = CompleteGating() if static else ThresholdGating(model.keep_bias)
-    images = min(draws.images, len(draws.source))
     levels: dict[float, list[_Rows]] = {}
-    done, total = 0, images * min(draws.per_image, draws.timesteps)
+    done, total = 0, draws.samples * draws.turns
     for batch in draws.batches(model.device):
         routing = _decisions(model, draws.objective, batch, executor, gating)
         levels.setdefault(float(batch.t[0]), []).append(_rows(routing, model.geometry, static))
         done += len(batch.t)
         on_progress(done, total)
-    return _summed_up({t: _joined(rows) for t, rows in sorted(levels.items())}, draws.objective, images)
+    return _summed_up({t: _joined(rows) for t, rows in sorted(levels.items())}, draws.objective, draws.samples)
 
 
 def _decisions(

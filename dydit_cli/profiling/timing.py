@@ -41,6 +41,7 @@ def interleaved(
     repetitions: int,
     clock: Callable[[], float] = time.perf_counter,
     warmups: int = 1,
+    on_run: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
     """Time every side once a round.
 
@@ -49,6 +50,7 @@ def interleaved(
         repetitions: Rounds.
         clock: Seconds; `time.process_time` counts this process alone, over all its threads.
         warmups: Untimed rounds before (weights are packed there, and memory is taken from the system).
+        on_run: Called after each timed run, outside the measured span.
 
     Returns:
         Seconds of every round, by side.
@@ -63,6 +65,7 @@ def interleaved(
             start = clock()
             sides[name]()
             seconds[name].append(clock() - start)
+            on_run()
     return seconds
 
 

@@ -71,3 +71,9 @@ def test_losses_are_repeatable_and_alike_in_both_executions() -> None:
     losses = measure(model, HeldOutDraws(source, objective)).losses
     assert losses["loss"] == pytest.approx(losses["mse"] + losses["vb"])
     assert dense != held_out_loss(model, source, objective, seed=1)
+
+
+def test_fewer_samples_than_timesteps_still_see_every_timestep() -> None:
+    draws = HeldOutDraws(held_out(), objective_for("dit"), images=7, timesteps=50)
+    seen = [float(batch.t[0]) for batch in draws.batches("cpu")]
+    assert len(set(seen)) == 50
