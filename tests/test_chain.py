@@ -96,9 +96,8 @@ def test_the_static_export_after_convert_is_the_source(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["dit", "sit"])
-def test_the_demo_ends_at_its_target(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    summary = run(capsys, "demo", "--family", family, "--out", tmp_path / "demo")
+def test_the_demo_ends_at_its_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = run(capsys, "demo", "--out", tmp_path / "demo")
     assert summary["models"]["dynamic"]["ratio"] == pytest.approx(summary["target_ratio"], abs=0.02)
     assert summary["models"]["dynamic"]["loss"] < 1.15 * summary["models"]["static"]["loss"]
     assert (tmp_path / "demo" / "comparison.png").exists()
