@@ -73,6 +73,7 @@ def load_model(
     device: torch.device | str | None = None,
     keep_bias: float = 0.0,
     *,
+    compile: bool = False,  # noqa: A002
     convention: str = "stored",
 ) -> DynamicTransformer:
     """Load a dynamic model for inference.
@@ -83,6 +84,7 @@ def load_model(
         torch_dtype: Cast the weights; fp32 by default. Router decisions are made in fp32 whatever it is.
         device: Where to put the model; the CPU by default.
         keep_bias: Added to all router logits, a dial without training; +inf is the complete model.
+        compile: Whether blocks are compiled with `torch.compile`, at their first forward; for compact and static execution.
         convention: ``stored``, or ``native`` to read a pipeline export in its family's own convention of t and prediction.
 
     Returns:
@@ -120,7 +122,7 @@ def load_model(
         ) from error
     _check_whole(model, report, folder)
     model.eval().requires_grad_(False)
-    model.set_execution(execution).set_keep_bias(keep_bias)
+    model.set_execution(execution, compile).set_keep_bias(keep_bias)
     return model.to(device) if device is not None else model
 
 

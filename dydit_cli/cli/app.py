@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from dydit_cli import __version__
-from dydit_cli.cli import console, convert, demo, export, finetune, profile, recipes, sample
+from dydit_cli.cli import bench, console, convert, demo, export, finetune, profile, recipes, sample
 from dydit_cli.cli.failures import failure_of
 from dydit_cli.cli.help_text import examples, flowing
 
@@ -63,6 +63,7 @@ for _module, _command in (
     (profile, profile.profile),
     (sample, sample.sample),
     (export, export.export),
+    (bench, bench.bench),
     (demo, demo.demo),
 ):
     app.command(help=flowing(_command.__doc__ or ""), epilog=examples(_module.EXAMPLES))(_command)

@@ -86,6 +86,15 @@ def profile(
         int | None,
         typer.Option(help="Interleaved rounds.", show_default="11", rich_help_panel="Time and memory"),
     ] = None,
+    compile: Annotated[  # noqa: A002
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Time static and compact execution with blocks compiled by torch.compile.",
+            show_default="no-compile",
+            rich_help_panel="Time and memory",
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(

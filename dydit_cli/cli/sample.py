@@ -75,6 +75,15 @@ def sample(
             rich_help_panel="Model",
         ),
     ] = None,
+    compile: Annotated[  # noqa: A002
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile blocks with torch.compile (compact and static); needs a C++ compiler on a CPU.",
+            show_default="no-compile",
+            rich_help_panel="Model",
+        ),
+    ] = None,
     keep_bias: Annotated[
         float | None,
         typer.Option(
@@ -103,6 +112,15 @@ def sample(
     batch_size: Annotated[
         int | None, typer.Option(help="Images in one forward.", show_default="32", rich_help_panel="Model")
     ] = None,
+    deterministic: Annotated[
+        bool | None,
+        typer.Option(
+            "--deterministic/--no-deterministic",
+            help="Make each image alone: the same bit for bit whatever the batch size, and slower.",
+            show_default="no-deterministic",
+            rich_help_panel="Model",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
     overwrite: Annotated[
         bool | None,
@@ -115,7 +133,8 @@ def sample(
     """Draw images with a dynamic model.
 
     Writes PNG files, a grid and samples.npz (for FID tools), or latents where the model works on them and no --vae is given.
-    Image i is the same whatever the batch size, so that static and dynamic runs of one seed can be compared image by image.
+    Image i is the same whatever the batch size up to rounding, so that runs of one seed can be compared image by image;
+    --deterministic makes it the same bit for bit on one device.
     """
     from dydit_cli.recipe.schema import SampleSection
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dydit_cli.errors import DyditError, did_you_mean
 from dydit_cli.execution.compact import CompactExecutor
+from dydit_cli.execution.compiled import CompiledCompactExecutor, CompiledStaticExecutor
 from dydit_cli.execution.dense import DenseExecutor
-from dydit_cli.execution.interface import BlockWidth, DynamicBlock, Executor, Modulation
+from dydit_cli.execution.interface import BlockWidth, DynamicBlock, Executor, Modulation, StepModulation
 from dydit_cli.execution.plan import WidthPlan
 from dydit_cli.execution.static import StaticExecutor
 
@@ -17,11 +18,14 @@ __all__ = [
     "EXECUTIONS",
     "BlockWidth",
     "CompactExecutor",
+    "CompiledCompactExecutor",
+    "CompiledStaticExecutor",
     "DenseExecutor",
     "DynamicBlock",
     "Executor",
     "Modulation",
     "StaticExecutor",
+    "StepModulation",
     "WidthPlan",
     "executor_named",
 ]
@@ -29,18 +33,28 @@ __all__ = [
 EXECUTIONS = ("dense", "compact", "static")
 
 
-def executor_named(name: str) -> Executor:
+def executor_named(name: str, compile: bool = False) -> Executor:  # noqa: A002
     """Return a new executor: ``dense``, ``compact`` or ``static``.
 
+    Args:
+        name: Which.
+        compile: Whether blocks are compiled (`compiled.py`); not dense ones.
+
     Raises:
-        DyditError: For any other name.
+        DyditError: For any other name, and for dense execution compiled.
     """
-    if name == "dense":
+    if name == "dense" and not compile:
         return DenseExecutor()
     if name == "compact":
-        return CompactExecutor()
+        return CompiledCompactExecutor() if compile else CompactExecutor()
     if name == "static":
-        return StaticExecutor()
+        return CompiledStaticExecutor() if compile else StaticExecutor()
+    if name == "dense":
+        raise DyditError(
+            "Dense execution is not compiled.",
+            why="It is there for training and for comparison; what it multiplies by zero costs time, compiled or not.",
+            fix="Choose compact (the fast one) or static execution, or leave compile out.",
+        )
     raise DyditError(
         f"There is no execution called '{name}'.",
         why=f"A model runs as one of: {', '.join(EXECUTIONS)}.",

@@ -6,61 +6,64 @@ inference: masks are read on the host, so no gradient reaches the routers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from threading import Lock
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dydit_cli.dynamic.gates import Gating, ThresholdGating
-from dydit_cli.dynamic.layers import DynamicAttention
+from dydit_cli.dynamic.layers import DynamicAttention, DynamicMlp
 from dydit_cli.dynamic.routers import TokenRouter
-from dydit_cli.execution.interface import BlockWidth, DynamicBlock, Modulation, live_widths, modulate
-from dydit_cli.execution.plan import WidthPlan
-from dydit_cli.execution.slabs import SlabStore, Slice, stamp_of
+from dydit_cli.execution.interface import (
+    BlockWidth,
+    ConditionedModel,
+    DynamicBlock,
+    Modulation,
+    StepModulation,
+    live_widths,
+    modulate,
+)
+from dydit_cli.execution.modulation import ModulationTable, values_of_batch
+from dydit_cli.execution.plan import (
+    CompactWidth,
+    Part,
+    PlannedStep,
+    WidthPlan,
+    active_units,
+    grouped,
+    mixed,
+)
+from dydit_cli.execution.slabs import SlabStore, Slice
+from dydit_cli.execution.watch import Watch
 
+Result = TypeVar("Result")
 
-@dataclass(frozen=True)
-class Part:
-    """Samples of a batch with one width.
-
-    Attributes:
-        active: Ranks of the active units, ascending.
-        rows: Indices of the samples, or None for the whole batch.
-    """
-
-    active: tuple[int, ...]
-    rows: Tensor | None
-
-
-@dataclass(frozen=True)
-class CompactWidth(BlockWidth):
-    """A block's width with its masks read on the host."""
-
-    head_parts: tuple[Part, ...]
-    group_parts: tuple[Part, ...]
+TABLE_SHARE = 0.25
+TABLE_FLOOR_BYTES = 32 * 2**20
 
 
 def parts_of(mask: Tensor, device: torch.device) -> tuple[Part, ...]:
     """Cut a (B, U) mask on the CPU into its distinct rows."""
-    rows_by_active: dict[tuple[int, ...], list[int]] = {}
-    for row, values in enumerate(mask.tolist()):
-        active = tuple(unit for unit, on in enumerate(values) if on)
-        rows_by_active.setdefault(active, []).append(row)
-    if len(rows_by_active) == 1:
-        return (Part(next(iter(rows_by_active)), None),)
-    return tuple(Part(active, torch.tensor(rows, device=device)) for active, rows in rows_by_active.items())
+    return grouped(active_units(mask), device)
 
 
-def compact_width(width: BlockWidth, batch: int, device: torch.device) -> CompactWidth:
-    """Read a width whose masks are on the CPU; masks of one row are those of every sample."""
-    return CompactWidth(
-        heads=width.heads.to(device).expand(batch, -1),
-        groups=width.groups.to(device).expand(batch, -1),
-        head_parts=parts_of(width.heads, device),
-        group_parts=parts_of(width.groups, device),
-    )
+def modulated(inputs: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`modulate` in one pass over the activations; in fp32 alone, because decisions in bf16 would see fewer roundings than dense."""
+    if inputs.dtype == shift.dtype == torch.float32:
+        return torch.addcmul(shift, inputs, 1 + scale)
+    return modulate(inputs, shift, scale)
+
+
+def add_gated(tokens: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """tokens + gate * update, in one pass; see `modulated`."""
+    if tokens.dtype == gate.dtype == update.dtype == torch.float32:
+        return torch.addcmul(tokens, gate, update)
+    return tokens + gate * update
 
 
 class CompactExecutor:
@@ -68,127 +71,264 @@ class CompactExecutor:
 
     Args:
         slice_budget: Gathered weights to keep, as a multiple of the sliceable weights' bytes.
+        table_budget: Bytes of adaLN values that a plan may hold; None means a quarter of the sliceable weights' bytes, and
+            32 MiB for small models, whose activations take more.
     """
 
     name = "compact"
 
-    def __init__(self, slice_budget: float = 1.0) -> None:
+    def __init__(self, slice_budget: float = 1.0, table_budget: int | None = None) -> None:
         self._slice_budget = slice_budget
+        self._table_budget = table_budget
         self._store = SlabStore(slice_budget)
         self._plan: WidthPlan | None = None
+        self._watch: Watch | None = None
+        self._labels: tuple[weakref.ref[Tensor], int, tuple[int, ...]] | None = None
+        self._lock = Lock()
 
-    def __reduce__(self) -> tuple[type[CompactExecutor], tuple[float]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """A copied or pickled model packs its own weights."""
-        return CompactExecutor, (self._slice_budget,)
+        return type(self), (self._slice_budget, self._table_budget)
 
     @property
     def packed_bytes(self) -> int:
         """Bytes held beside the model's own: packed weights and gathered slices."""
         return self._store.packed_bytes
 
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of weights copied so far, for slices and swaps; packing is not counted."""
+        return self._store.copied_bytes
+
     def release(self) -> None:
-        """Free the packed weights; the next forward packs again."""
+        """Free the packed weights and the plan; the next forward packs again."""
+        with self._lock:
+            self._forget()
+
+    def _forget(self) -> None:
         self._store.clear()
+        self._plan = self._watch = None
 
     @property
     def plan(self) -> WidthPlan | None:
         """The plan in use, if any."""
         return self._plan
 
+    # ------------------------------------------------------------------ plans
+
     def make_plan(
         self,
-        blocks: Sequence[DynamicBlock],
+        model: ConditionedModel,
         timesteps: Tensor,
-        time_embeddings: Tensor,
+        labels: Sequence[int],
         gating: ThresholdGating,
-        embedder: nn.Module,
     ) -> WidthPlan:
-        """Decide the widths of the (S,) ``timesteps`` with their (S, C) embeddings in one call and use them from now on.
+        """Decide the widths of the (S,) ``timesteps`` in one call, choose how their weights are kept, and use both from now on.
 
-        They hold as long as the routers of ``blocks`` and the ``embedder`` that made the embeddings stay as they are.
+        They hold as long as the model stays as it is. With ``labels``, the adaLN values of all pairs are computed too.
         """
-        widths = [
-            BlockWidth(width.heads.cpu(), width.groups.cpu())
-            for width in live_widths(blocks, time_embeddings, gating)
-        ]
-        entries = {
-            float(t): [
-                BlockWidth(width.heads[step : step + 1], width.groups[step : step + 1]) for width in widths
-            ]
-            for step, t in enumerate(timesteps.tolist())
-        }
-        source = self._plan_source(blocks, embedder)
-        self._plan = WidthPlan(gating.keep_bias, entries, embedder=embedder, source=source)
-        return self._plan
+        blocks = list(model.dynamic_blocks)
+        with torch.inference_mode(False), torch.no_grad():
+            self._verify(blocks, model)
+            distinct = torch.tensor(list(dict.fromkeys(timesteps.tolist())), dtype=timesteps.dtype)
+            times = distinct.to(timesteps.device)
+            if not len(times):
+                self._plan = WidthPlan(gating.keep_bias)
+                return self._plan
+            live = live_widths(blocks, model.embed_time(times), gating)
+            actives = [(active_units(width.heads.cpu()), active_units(width.groups.cpu())) for width in live]
+            steps = {
+                t: PlannedStep(
+                    tuple(BlockWidth(w.heads[step : step + 1], w.groups[step : step + 1]) for w in live),
+                    tuple(heads[step] for heads, _ in actives),
+                    tuple(groups[step] for _, groups in actives),
+                    step,
+                )
+                for step, t in enumerate(times.tolist())
+            }
+            schedule: list[tuple[DynamicAttention | DynamicMlp, list[tuple[int, ...]]]] = []
+            schedule += [(block.attn, heads) for block, (heads, _) in zip(blocks, actives, strict=True)]
+            schedule += [(block.mlp, groups) for block, (_, groups) in zip(blocks, actives, strict=True)]
+            policies = self._store.arrange(schedule)
+            budget = self._table_budget
+            if budget is None:
+                budget = max(TABLE_FLOOR_BYTES, int(TABLE_SHARE * self._store.slab_bytes))
+            table = ModulationTable.build(model, times, labels, budget)
+            self._plan = WidthPlan(gating.keep_bias, steps, table, policies)
+            return self._plan
 
-    @staticmethod
-    def _plan_source(blocks: Sequence[DynamicBlock], embedder: nn.Module) -> tuple[object, ...]:
-        routers = [router for block in blocks for router in (block.head_router, block.channel_router)]
-        return tuple(stamp_of(module) for module in (embedder, *routers))
+    def known(
+        self, model: ConditionedModel, timesteps: Sequence[float], batch: int, gating: Gating
+    ) -> Sequence[CompactWidth] | None:
+        """The widths of a batch if they are known, else None. ``timesteps`` has one entry for all samples, or one for each.
+
+        Begins a forward: what is stale is dropped here, and no later call of the forward looks again.
+        """
+        self._verify(list(model.dynamic_blocks), model)
+        if not isinstance(gating, ThresholdGating) or not batch:
+            return None
+        plan = self._plan
+        if plan is None:
+            plan = self._plan = WidthPlan(gating.keep_bias)
+        found = plan.find(gating.keep_bias, timesteps)
+        if found is None:
+            return None
+        plan.count(hit=True)
+        if found[0].position is not None:
+            self._store.at(found[0].position)
+        if len(found) == 1:
+            return found[0].of_batch(batch)
+        return mixed(found, found[0].masks[0].heads.device)
+
+    def modulation(
+        self, model: ConditionedModel, timesteps: Sequence[float], labels: tuple[int, ...], times: Tensor
+    ) -> StepModulation | None:
+        """adaLN values of a batch from the plan, or computed once a distinct pair; None if the batch gains nothing by either."""
+        plan = self._plan
+        values = plan.modulation.find(timesteps, labels) if plan is not None and plan.modulation else None
+        if values is None:
+            values = values_of_batch(model, timesteps, labels, times)
+        return StepModulation.of(values, len(model.dynamic_blocks)) if values is not None else None
+
+    def labels_of(self, labels: Tensor, null: int) -> tuple[int, ...]:
+        """Labels on the host, those beyond the classes as the ``null`` class.
+
+        Samplers hand over one tensor at every step. Where reading it makes the host wait for an accelerator, it is read once.
+        """
+        seen = self._labels
+        if seen is not None and seen[0]() is labels and seen[1] == labels._version:
+            return seen[2]
+        found = tuple(min(int(label), null) for label in labels.tolist())
+        if labels.device.type != "cpu" and not labels.is_inference():
+            self._labels = (weakref.ref(labels), labels._version, found)
+        return found
+
+    def _verify(self, blocks: Sequence[DynamicBlock], model: ConditionedModel | None) -> None:
+        """Forget everything if the model is not what it was."""
+        roots = [cast(nn.Module, block) for block in blocks]
+        if model is not None:
+            roots += model.conditioning_modules()
+        watch = self._watch
+        if watch is not None and watch.covers(roots) and not watch.changed():
+            return
+        with self._lock:
+            # Another thread may have been here first.
+            if self._watch is watch:
+                self._forget()
+                self._watch = Watch(roots)
+
+    def _remember(
+        self,
+        timesteps: Sequence[float],
+        keep_bias: float,
+        live: Sequence[BlockWidth],
+        actives: Sequence[tuple[Sequence[tuple[int, ...]], Sequence[tuple[int, ...]]]],
+    ) -> None:
+        plan = self._plan
+        if plan is None:
+            return
+        rows_of: dict[float, list[int]] = {}
+        for row, t in enumerate(timesteps):
+            rows_of.setdefault(t, []).append(row)
+        for t, rows in rows_of.items():
+            first = rows[0]
+            agreed = all(part[row] == part[first] for parts in actives for part in parts for row in rows)
+            # A logit on the fence may fall on either side from row to row: then it is asked again.
+            if agreed and plan.step(keep_bias, t) is None:
+                masks = tuple(
+                    BlockWidth(
+                        width.heads[first : first + 1].clone(), width.groups[first : first + 1].clone()
+                    )
+                    for width in live
+                )
+                heads = tuple(part[first] for part, _ in actives)
+                plan.remember(
+                    keep_bias, t, PlannedStep(masks, heads, tuple(part[first] for _, part in actives))
+                )
+
+    # ------------------------------------------------------------------ a forward
 
     def widths(
         self, blocks: Sequence[DynamicBlock], timestep: Tensor, time_embedding: Tensor, gating: Gating
     ) -> Sequence[BlockWidth]:
-        """See `Executor`. A planned timestep asks no router."""
-        self._store.drop_edited()
-        batch, device = len(time_embedding), time_embedding.device
-        planned = self._planned(blocks, timestep, gating)
-        if planned is not None:
-            return [compact_width(width, batch, device) for width in planned]
+        """See `Executor`. Asks the routers; a model asks `known` first."""
+        self._verify(blocks, None)
+        device = time_embedding.device
         live = live_widths(blocks, time_embedding, gating)
         # One transfer to the host for all blocks, not two a block.
         sizes = [size for width in live for size in (width.heads.shape[1], width.groups.shape[1])]
         flat = (
             torch.cat([mask for width in live for mask in (width.heads, width.groups)], dim=1).detach().cpu()
         )
-        masks = flat.split(sizes, dim=1)
+        units = [active_units(mask) for mask in flat.split(sizes, dim=1)]
+        actives = list(zip(units[::2], units[1::2], strict=True))
+        watch, plan = self._watch, self._plan
+        # What is remembered by t must have been decided from t, which is known where the embedder is watched.
+        if plan is not None and watch is not None and isinstance(gating, ThresholdGating) and len(flat):
+            plan.count(hit=False)
+            if len(watch.roots) > len(blocks):
+                self._remember(timestep.tolist(), gating.keep_bias, live, actives)
         return [
-            CompactWidth(
-                width.heads,
-                width.groups,
-                parts_of(masks[2 * index], device),
-                parts_of(masks[2 * index + 1], device),
-            )
-            for index, width in enumerate(live)
+            CompactWidth(width.heads, width.groups, grouped(heads, device), grouped(groups, device))
+            for width, (heads, groups) in zip(live, actives, strict=True)
         ]
 
-    def _planned(
-        self, blocks: Sequence[DynamicBlock], timestep: Tensor, gating: Gating
-    ) -> Sequence[BlockWidth] | None:
-        plan = self._plan
-        if plan is None or not isinstance(gating, ThresholdGating) or gating.keep_bias != plan.keep_bias:
-            return None
-        if plan.source != self._plan_source(blocks, plan.embedder):
-            self._plan = None
-            return None
-        return plan.find(timestep)
+    def _run(
+        self,
+        layer: DynamicAttention | DynamicMlp,
+        active: tuple[int, ...],
+        width: BlockWidth,
+        compute: Callable[[Slice], Result],
+    ) -> Result:
+        """Compute with a layer's active weights, which stay where they are meanwhile."""
+        if not isinstance(width, CompactWidth):
+            # A width from elsewhere: nobody has looked whether the layer is as it was.
+            return compute(self._store.slice(layer, active))
+        if self._store.moves(layer):
+            with self._store.leased(layer, active) as weights:
+                return compute(weights)
+        return compute(self._store.ready(layer, active))
 
-    def attend(self, attention: DynamicAttention, inputs: Tensor, width: BlockWidth) -> Tensor:
+    def attend(
+        self, block: DynamicBlock, tokens: Tensor, modulation: Modulation, width: BlockWidth
+    ) -> Tensor:
         """See `Executor`."""
         parts = (
             width.head_parts
             if isinstance(width, CompactWidth)
-            else parts_of(width.heads.cpu(), inputs.device)
+            else parts_of(width.heads.cpu(), tokens.device)
         )
+        inputs = modulated(block.norm1(tokens), modulation.shift[:, None], modulation.scale[:, None])
+        attention = block.attn
         if len(parts) == 1:
-            return self._attend(attention, inputs, parts[0].active)
-        output = torch.empty_like(inputs)
-        for part in parts:
-            # Under autocast the result may be of a smaller type than the inputs.
-            output[part.rows] = self._attend(attention, inputs[part.rows], part.active).to(output.dtype)
-        return output
+            update = self._run(
+                attention, parts[0].active, width, partial(self._attention, attention.head_dim, inputs)
+            )
+        else:
+            update = torch.empty_like(inputs)
+            for part in parts:
+                of_part = self._run(
+                    attention,
+                    part.active,
+                    width,
+                    partial(self._attention, attention.head_dim, inputs[part.rows]),
+                )
+                # Under autocast the result may be of a smaller type than the inputs.
+                update[part.rows] = of_part.to(update.dtype)
+        return add_gated(tokens, modulation.gate[:, None], update)
 
-    def _attend(self, attention: DynamicAttention, inputs: Tensor, active: tuple[int, ...]) -> Tensor:
+    @staticmethod
+    def _attention(head_dim: int, inputs: Tensor, weights: Slice) -> Tensor:
         batch, length, channels = inputs.shape
-        weights = self._store.slice(attention, active)
-        if not active:
+        if not weights.units:
             return weights.leave_bias.expand(batch, length, channels)
         qkv = F.linear(inputs, weights.entry, weights.entry_bias)
         query, key, value = (
-            qkv.view(batch, length, len(active), 3, attention.head_dim).permute(3, 0, 2, 1, 4).unbind(0)
+            qkv.view(batch, length, weights.units, 3, head_dim).permute(3, 0, 2, 1, 4).unbind(0)
         )
-        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(batch * length, -1)
-        return torch.addmm(weights.leave_bias, mixed, weights.leave).view(batch, length, channels)
+        mixed_heads = F.scaled_dot_product_attention(query, key, value)
+        rows = mixed_heads.transpose(1, 2).reshape(batch * length, -1)
+        return torch.addmm(weights.leave_bias, rows, weights.leave).view(batch, length, channels)
 
     def select(self, router: TokenRouter, tokens: Tensor, gating: Gating, block: int) -> Tensor:
         """See `Executor`."""
@@ -205,13 +345,17 @@ class CompactExecutor:
         )
         output = tokens
         for part in parts:
-            weights = self._store.slice(block.mlp, part.active)
             if part.rows is None:
-                kept = keep.bool()
+                kept = keep
             else:
-                kept = torch.zeros_like(keep, dtype=torch.bool)
-                kept[part.rows] = keep[part.rows].bool()
-            output = self._feed_forward(block, tokens, output, modulation, weights, kept)
+                kept = torch.zeros_like(keep)
+                kept[part.rows] = keep[part.rows]
+            output = self._run(
+                block.mlp,
+                part.active,
+                width,
+                partial(self._feed_forward, block, tokens, output, modulation, kept),
+            )
         return output
 
     def _feed_forward(
@@ -220,24 +364,32 @@ class CompactExecutor:
         tokens: Tensor,
         output: Tensor,
         modulation: Modulation,
-        weights: Slice,
         kept: Tensor,
+        weights: Slice,
     ) -> Tensor:
-        """Add the MLP's update of the kept tokens (B, N) to ``output``."""
+        """Add the MLP's update of the kept tokens (B, N) to ``output``, in place where nobody differentiates."""
         batch, length, channels = tokens.shape
         flat = kept.flatten().nonzero().squeeze(1)
+        if not len(flat):
+            return output
         if len(flat) == batch * length:
-            inputs = modulate(block.norm2(tokens), modulation.shift[:, None], modulation.scale[:, None])
+            inputs = modulated(block.norm2(tokens), modulation.shift[:, None], modulation.scale[:, None])
             update = self._mlp(inputs.flatten(0, 1), weights).view(batch, length, channels)
-            return output + modulation.gate[:, None] * update
+            return add_gated(output, modulation.gate[:, None], update)
         sample = flat // length
-        inputs = modulate(
+        inputs = modulated(
             block.norm2(tokens.flatten(0, 1).index_select(0, flat)),
             modulation.shift.index_select(0, sample),
             modulation.scale.index_select(0, sample),
         )
-        update = modulation.gate.index_select(0, sample) * self._mlp(inputs, weights)
-        return output.flatten(0, 1).index_add(0, flat, update.to(output.dtype)).view(batch, length, channels)
+        gate = modulation.gate.index_select(0, sample)
+        update = (gate * self._mlp(inputs, weights)).to(output.dtype)
+        rows = output.flatten(0, 1)
+        if torch.is_grad_enabled():
+            rows = rows.index_add(0, flat, update)
+        else:
+            rows.index_add_(0, flat, update)
+        return rows.view(batch, length, channels)
 
     @staticmethod
     def _mlp(rows: Tensor, weights: Slice) -> Tensor:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dydit_cli.dynamic.gates import Gating
-from dydit_cli.dynamic.layers import DynamicAttention
 from dydit_cli.dynamic.routers import TokenRouter
 from dydit_cli.execution.interface import (
     BlockWidth,
@@ -31,9 +30,14 @@ class DenseExecutor:
         """See `Executor`."""
         return live_widths(blocks, time_embedding, gating)
 
-    def attend(self, attention: DynamicAttention, inputs: Tensor, width: BlockWidth) -> Tensor:
+    def attend(
+        self, block: DynamicBlock, tokens: Tensor, modulation: Modulation, width: BlockWidth
+    ) -> Tensor:
         """See `Executor`. The bias of the output projection stays, so that slicing gives the same."""
-        return attention_with(attention, inputs, attention.by_source(width.heads))
+        inputs = modulate(block.norm1(tokens), modulation.shift[:, None], modulation.scale[:, None])
+        return tokens + modulation.gate[:, None] * attention_with(
+            block.attn, inputs, block.attn.by_source(width.heads)
+        )
 
     def select(self, router: TokenRouter, tokens: Tensor, gating: Gating, block: int) -> Tensor:
         """See `Executor`."""

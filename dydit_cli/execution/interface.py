@@ -23,6 +23,33 @@ class Modulation:
     gate: Tensor
 
 
+BranchModulation = tuple[Modulation, Modulation]
+
+
+@dataclass(frozen=True)
+class StepModulation:
+    """All adaLN values of one forward.
+
+    Attributes:
+        blocks: Of each block, those of attention and of the MLP.
+        final: Shift and scale of the final layer, each (B, C).
+    """
+
+    blocks: Sequence[BranchModulation]
+    final: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, values: Tensor, depth: int) -> StepModulation:
+        """Cut (B, (6 * depth + 2) * C), the outputs of all adaLN layers side by side."""
+        channels = values.shape[1] // (6 * depth + 2)
+        parts = values.split(channels, dim=1)
+        blocks = [
+            (Modulation(*parts[6 * index : 6 * index + 3]), Modulation(*parts[6 * index + 3 : 6 * index + 6]))
+            for index in range(depth)
+        ]
+        return cls(blocks, (parts[-2], parts[-1]))
+
+
 def modulate(inputs: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """inputs * (1 + scale) + shift, in the original's order of operations."""
     return inputs * (1 + scale) + shift
@@ -33,6 +60,7 @@ class DynamicBlock(Protocol):
 
     attn: DynamicAttention
     mlp: DynamicMlp
+    norm1: nn.LayerNorm
     norm2: nn.LayerNorm
     head_router: HeadRouter
     channel_router: ChannelRouter
@@ -58,8 +86,10 @@ class Executor(Protocol):
         """Decide the widths of all blocks from the (B, C) timestep embedding; ``timestep`` (B,) names plan entries."""
         ...
 
-    def attend(self, attention: DynamicAttention, inputs: Tensor, width: BlockWidth) -> Tensor:
-        """Multi-head self-attention of (B, N, C) over the active heads, output projection included."""
+    def attend(
+        self, block: DynamicBlock, tokens: Tensor, modulation: Modulation, width: BlockWidth
+    ) -> Tensor:
+        """tokens + gate * attention(modulate(LN(tokens))) over the active heads; (B, N, C) in and out."""
         ...
 
     def select(self, router: TokenRouter, tokens: Tensor, gating: Gating, block: int) -> Tensor:
@@ -69,7 +99,35 @@ class Executor(Protocol):
     def feed_forward(
         self, block: DynamicBlock, tokens: Tensor, modulation: Modulation, width: BlockWidth, keep: Tensor
     ) -> Tensor:
-        """tokens + keep * gate * MLP(modulate(LN(tokens))) over the active groups; (B, N, C) in and out."""
+        """tokens + keep * gate * MLP(modulate(LN(tokens))) over the active groups; (B, N, C) in and out.
+
+        Where no gradient is recorded, ``tokens`` may be written to and returned.
+        """
+        ...
+
+
+class ConditionedModel(Protocol):
+    """What a plan needs of a model."""
+
+    @property
+    def dynamic_blocks(self) -> Sequence[DynamicBlock]:
+        """The blocks in their order."""
+        ...
+
+    def conditioning_modules(self) -> Sequence[nn.Module]:
+        """What turns timesteps and labels into adaLN values, the blocks' own layers left out."""
+        ...
+
+    def embed_time(self, timestep: Tensor) -> Tensor:
+        """(S,) t as `forward` receives it -> (S, C) timestep embeddings."""
+        ...
+
+    def embed_labels(self, labels: Tensor) -> Tensor:
+        """(S,) labels -> (S, C)."""
+        ...
+
+    def modulation_values(self, condition: Tensor) -> Tensor:
+        """(S, C) conditions -> (S, (6L + 2) * C), see `StepModulation.of`."""
         ...
 
 

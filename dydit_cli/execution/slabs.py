@@ -2,14 +2,17 @@
 
 A head or channel group is one contiguous slab, so that a mask that is a prefix costs nothing (a view) and any other mask is one
 `index_select` per weight. Slabs are a copy beside the stored parameters, which keep the source's order; they carry the version
-and a few values of their source, and are packed again when it changed.
+of their source, and are packed again when it changed. Once a schedule is known, `policies.py` says in which order the slabs of
+each layer lie, and which masks are copied.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections import Counter, OrderedDict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from threading import Lock
 
 import torch
@@ -18,17 +21,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from dydit_cli.dynamic.layers import DynamicAttention, DynamicMlp
 from dydit_cli.errors import DyditError
+from dydit_cli.execution.policies import ActiveUnits, Arrangement, LayerSchedule, arrange
 
 Stamp = tuple[Hashable, ...]
-
-PROBE_VALUES = 32
 
 
 def stamp_of(module: nn.Module) -> Stamp:
     """Identify the present values of a module's tensors: storage, in-place version and dtype of each.
 
     Loading, casting, moving and editing in place change one of these. A weak reference names the storage, because an address
-    is given to another tensor once its owner is gone. Writing through ``.data`` changes none: see `probe_of`. Tensors made
+    is given to another tensor once its owner is gone. Writing through ``.data`` changes none: see `watch.py`. Tensors made
     under inference mode have no version.
     """
     tensors = [*module.parameters(), *module.buffers()]
@@ -41,16 +43,6 @@ def stamp_of(module: nn.Module) -> Stamp:
         )
         for tensor in tensors
     )
-
-
-def probe_of(module: nn.Module) -> list[Tensor]:
-    """Views of a few values of each parameter: the first of each third, which in qkv are the queries, keys and values.
-
-    peft fuses adapters through ``.data`` and fused optimisers write without a new version. Either changes a weight all over,
-    so that a few of its values tell.
-    """
-    flat = [parameter.detach().flatten() for parameter in module.parameters()]
-    return [third[:PROBE_VALUES] for values in flat for third in values.chunk(3)]
 
 
 @dataclass(frozen=True)
@@ -154,29 +146,65 @@ def gathered_slice(slabs: Slabs, active: tuple[int, ...]) -> Slice:
     )
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A layer's slabs, and what tells that the layer has changed since: its stamp, and views with the values they had."""
+DynamicLayer = DynamicAttention | DynamicMlp
 
+
+@dataclass
+class Packed:
+    """A layer's slabs in some order of units.
+
+    Attributes:
+        layer: Kept, so that its address stays its own.
+        stamp: Tells that the layer has changed since.
+        slabs: Its weights; the first axis follows ``order``.
+        order: The rank at each position.
+        targets: Under the swap policy, the order under each mask of the schedule: slabs then move in place.
+        lock: Held while slabs move, and while weights are used that may move.
+    """
+
+    layer: DynamicLayer
     stamp: Stamp
     slabs: Slabs
-    probe: list[Tensor]
-    values: list[Tensor]
+    order: ActiveUnits
+    targets: Mapping[ActiveUnits, ActiveUnits] = field(default_factory=dict)
+    lock: Lock = field(default_factory=Lock)
+
+    def prefix(self, active: ActiveUnits) -> bool:
+        """Whether the units are the first that lie there."""
+        return set(self.order[: len(active)]) == set(active)
+
+    def positions(self, active: ActiveUnits) -> ActiveUnits:
+        """Where the units lie."""
+        return tuple(self.order.index(rank) for rank in active)
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What has a unit axis."""
+        return self.slabs.entry, self.slabs.entry_bias, self.slabs.leave
 
 
 class SlabStore:
     """Slabs of many layers, and the gathered slices of recent masks within a byte budget.
 
+    Without a schedule the least recently used slice goes first. With one, a slice goes whose next use is farthest, and a new one
+    that is farther still is not kept.
+
     Args:
-        budget: Bytes of gathered slices to keep, as a multiple of the slabs' own bytes; the least recently used goes first.
+        budget: Bytes of gathered slices to keep, as a multiple of the slabs' own bytes.
     """
 
     def __init__(self, budget: float = 1.0) -> None:
         self._budget = budget
         self._packed: dict[int, Packed] = {}
-        self._slices: OrderedDict[tuple[int, tuple[int, ...]], Slice] = OrderedDict()
+        self._views: dict[tuple[int, ActiveUnits], Slice] = {}
+        self._slices: OrderedDict[tuple[int, ActiveUnits], Slice] = OrderedDict()
+        self._uses: dict[tuple[int, ActiveUnits], list[int]] = {}
+        self._moving: set[int] = set()
+        self._period = 0
+        self._clock = 0
         self._slice_bytes = 0
         self._slab_bytes = 0
+        self.copied_bytes = 0
         # Two threads may share a model; packing twice would be waste, evicting twice an error.
         self._lock = Lock()
 
@@ -190,66 +218,182 @@ class SlabStore:
         """Bytes of everything that is held beside the model: slabs and gathered slices."""
         return self._slab_bytes + self._slice_bytes
 
-    def slice(self, layer: DynamicAttention | DynamicMlp, active: tuple[int, ...]) -> Slice:
-        """Return the weights of the units with the ascending ranks ``active``.
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes of the slabs."""
+        return self._slab_bytes
+
+    def slice(self, layer: DynamicLayer, active: ActiveUnits) -> Slice:
+        """Return the weights of the units with the ascending ranks ``active``, packed again if the layer changed.
 
         Raises:
             DyditError: If the layer holds more than plain weights.
         """
         # What is packed under inference mode must also serve a forward whose gradient is wanted.
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            slabs = self._slabs_of(layer)
-            if not active or active[-1] == len(active) - 1:
-                return prefix_slice(slabs, len(active))
-            key = (id(layer), active)
+            return self._slice(self._packed_of(layer), active)
+
+    def ready(self, layer: DynamicLayer, active: ActiveUnits) -> Slice:
+        """The same for a layer that is known to be unchanged since it was packed: no check, and mostly no more than a look-up."""
+        key = (id(layer), active)
+        found = self._views.get(key)
+        if found is not None:
+            return found
+        with self._lock:
             found = self._slices.get(key)
             if found is not None:
                 self._slices.move_to_end(key)
                 return found
-            made = gathered_slice(slabs, active)
-            self._slices[key] = made
-            self._slice_bytes += made.nbytes
-            while self._slice_bytes > self._budget * self._slab_bytes and len(self._slices) > 1:
-                _, evicted = self._slices.popitem(last=False)
-                self._slice_bytes -= evicted.nbytes
-            return made
+            with torch.inference_mode(False), torch.no_grad():
+                packed = self._packed.get(id(layer)) or self._packed_of(layer)
+                return self._slice(packed, active)
 
-    def drop_edited(self) -> None:
-        """Forget everything if a layer was edited behind its stamp; one comparison for all layers, once a forward."""
-        with self._lock:
-            held = list(self._packed.values())
-            for device in {piece.device for packed in held for piece in packed.probe[:1]}:
-                here = [packed for packed in held if packed.probe[0].device == device]
-                now = torch.cat([piece for packed in here for piece in packed.probe])
-                if not torch.equal(now, torch.cat([piece for packed in here for piece in packed.values])):
-                    self._clear()
-                    return
+    def moves(self, layer: DynamicLayer) -> bool:
+        """Whether the layer's slabs change places while a schedule runs, so that they must be `leased`."""
+        return id(layer) in self._moving
+
+    @contextmanager
+    def leased(self, layer: DynamicLayer, active: ActiveUnits) -> Iterator[Slice]:
+        """`ready` for weights that may move in place once the block is left: nobody moves them before.
+
+        Where a gradient is wanted the weights outlive the block, so that they are copied.
+        """
+        packed = self._packed.get(id(layer))
+        target = packed.targets.get(active) if packed is not None and packed.targets else None
+        if packed is None or target is None or torch.is_grad_enabled():
+            yield self.ready(layer, active)
+            return
+        with packed.lock:
+            if packed.order != target:
+                self._move(packed, target)
+            yield prefix_slice(packed.slabs, len(active))
+
+    def arrange(self, schedule: Sequence[tuple[DynamicLayer, Sequence[ActiveUnits]]]) -> Counter[str]:
+        """Choose how the masks of a schedule are served, and lay the slabs out for it; later masks are served all the same.
+
+        Args:
+            schedule: Layers, each with its mask at every step.
+
+        Returns:
+            How many layers follow which policy.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            held = [self._packed_of(layer) for layer, _ in schedule]
+            asked = [
+                LayerSchedule(
+                    len(packed.order), packed.slabs.nbytes // max(1, len(packed.order)), tuple(masks)
+                )
+                for packed, (_, masks) in zip(held, schedule, strict=True)
+            ]
+            # On an accelerator a swap would have to wait for what other streams still read, and copies are quick there.
+            may_swap = all(packed.slabs.entry.device.type == "cpu" for packed in held)
+            found = arrange(asked, self._budget * self._slab_bytes, may_swap)
+            self._uses.clear()
+            self._views.clear()
+            self._period = max((len(masks) for _, masks in schedule), default=0)
+            self._clock = 0
+            for packed, (layer, masks), arrangement in zip(held, schedule, found, strict=True):
+                self._lay_out(packed, arrangement)
+                (self._moving.add if arrangement.targets else self._moving.discard)(id(layer))
+                for step, mask in enumerate(masks):
+                    self._uses.setdefault((id(layer), mask), []).append(step)
+            for key in [key for key in self._slices if key not in self._uses]:
+                self._slice_bytes -= self._slices.pop(key).nbytes
+            return Counter(arrangement.policy for arrangement in found)
+
+    def at(self, step: int) -> None:
+        """Say which step of the schedule runs now, from which the next use of a slice is counted."""
+        self._clock = step
 
     def clear(self) -> None:
         """Forget everything, to free its memory; the next forward packs again."""
         with self._lock:
-            self._clear()
+            self._packed.clear()
+            self._slices.clear()
+            self._views.clear()
+            self._uses.clear()
+            self._moving.clear()
+            self._slab_bytes = self._slice_bytes = self._period = 0
 
-    def _clear(self) -> None:
-        self._packed.clear()
-        self._slices.clear()
-        self._slab_bytes = self._slice_bytes = 0
-
-    def _slabs_of(self, layer: DynamicAttention | DynamicMlp) -> Slabs:
+    def _packed_of(self, layer: DynamicLayer) -> Packed:
         stamp = stamp_of(layer)
         held = self._packed.get(id(layer))
         if held is not None and held.stamp == stamp:
-            return held.slabs
+            return held
         if held is not None:
             self._forget(id(layer), held.slabs)
+            self._moving.discard(id(layer))
         slabs = attention_slabs(layer) if isinstance(layer, DynamicAttention) else mlp_slabs(layer)
-        probe = probe_of(layer)
-        self._packed[id(layer)] = Packed(stamp, slabs, probe, [piece.clone() for piece in probe])
+        packed = Packed(layer, stamp, slabs, tuple(range(len(slabs.entry))))
+        self._packed[id(layer)] = packed
         self._slab_bytes += slabs.nbytes
-        return slabs
+        return packed
+
+    def _slice(self, packed: Packed, active: ActiveUnits) -> Slice:
+        key = (id(packed.layer), active)
+        found = self._slices.get(key)
+        if found is not None:
+            self._slices.move_to_end(key)
+            return found
+        if not packed.targets and packed.prefix(active):
+            view = prefix_slice(packed.slabs, len(active))
+            self._views[key] = view
+            return view
+        if not active:
+            return prefix_slice(packed.slabs, 0)
+        with packed.lock:
+            made = gathered_slice(packed.slabs, packed.positions(active))
+        self.copied_bytes += made.nbytes
+        self._slices[key] = made
+        self._slice_bytes += made.nbytes
+        while self._slice_bytes > self._budget * self._slab_bytes and (len(self._slices) > 1 or self._uses):
+            self._slice_bytes -= self._slices.pop(self._farthest()).nbytes
+        return made
+
+    def _farthest(self) -> tuple[int, ActiveUnits]:
+        """The slice to drop: one that the schedule does not name, the least recently used first, else the one needed last."""
+        farthest, distance = next(iter(self._slices)), -1
+        for key in self._slices:
+            uses = self._uses.get(key)
+            if uses is None:
+                # Of a mask that is running now and has no schedule, nothing better is known than that it was used last.
+                return key
+            after = bisect_left(uses, self._clock + 1)
+            wait = uses[after] - self._clock if after < len(uses) else uses[0] + self._period - self._clock
+            if wait > distance:
+                farthest, distance = key, wait
+        return farthest
+
+    def _lay_out(self, packed: Packed, arrangement: Arrangement) -> None:
+        """Bring the slabs into an order. Views that were handed out keep the old memory, which nobody writes to."""
+        if packed.targets == arrangement.targets and (packed.targets or packed.order == arrangement.order):
+            return
+        index = torch.tensor(packed.positions(arrangement.order), device=packed.slabs.entry.device)
+        entry, bias, leave = (weight.index_select(0, index) for weight in packed.weights)
+        self.copied_bytes += packed.slabs.nbytes
+        self._packed[id(packed.layer)] = Packed(
+            packed.layer,
+            packed.stamp,
+            replace(packed.slabs, entry=entry, entry_bias=bias, leave=leave),
+            arrangement.order,
+            arrangement.targets,
+        )
+
+    def _move(self, packed: Packed, target: ActiveUnits) -> None:
+        changed = [place for place, rank in enumerate(target) if packed.order[place] != rank]
+        sources = [packed.order.index(target[place]) for place in changed]
+        device = packed.slabs.entry.device
+        into, origin = torch.tensor(changed, device=device), torch.tensor(sources, device=device)
+        with torch.inference_mode(False), torch.no_grad():
+            for weight in packed.weights:
+                weight.index_copy_(0, into, weight.index_select(0, origin))
+        self.copied_bytes += packed.slabs.nbytes * len(changed) // len(packed.order)
+        packed.order = target
 
     def _forget(self, layer: int, slabs: Slabs) -> None:
         del self._packed[layer]
         self._slab_bytes -= slabs.nbytes
-        for key in [key for key in self._slices if key[0] == layer]:
-            self._slice_bytes -= self._slices.pop(key).nbytes
+        for held in (self._views, self._slices):
+            for key in [key for key in held if key[0] == layer]:
+                dropped = held.pop(key)
+                self._slice_bytes -= dropped.nbytes if held is self._slices else 0

@@ -20,7 +20,16 @@ from dydit_cli.dynamic.gates import CompleteGating, Gating, ThresholdGating
 from dydit_cli.dynamic.geometry import Geometry
 from dydit_cli.dynamic.routing import BlockRouting, Routing
 from dydit_cli.errors import DyditError
-from dydit_cli.execution import CompactExecutor, DenseExecutor, Executor, WidthPlan, executor_named
+from dydit_cli.execution import (
+    BlockWidth,
+    CompactExecutor,
+    DenseExecutor,
+    Executor,
+    StepModulation,
+    WidthPlan,
+    executor_named,
+)
+from dydit_cli.execution.compiled import BlockCompiler
 from dydit_cli.families.blocks import (
     DynamicDiTBlock,
     FinalLayer,
@@ -135,14 +144,23 @@ class DynamicTransformer(ModelMixin, ConfigMixin):
         """Name of the executor that `forward` uses: ``dense``, ``compact`` or ``static``."""
         return self._executor.name
 
-    def set_execution(self, name: str) -> DynamicTransformer:
+    @property
+    def is_compiled(self) -> bool:
+        """Whether `forward` runs compiled blocks."""
+        return isinstance(self._executor, BlockCompiler)
+
+    def set_execution(self, name: str, compile: bool = False) -> DynamicTransformer:  # noqa: A002
         """Choose how `forward` runs: ``compact`` (inference), ``dense`` (masks multiplied) or ``static`` (complete model).
 
+        Args:
+            name: Which.
+            compile: Whether blocks are compiled with `torch.compile`, at their first forward; for compact and static execution.
+
         Raises:
-            DyditError: For another name.
+            DyditError: For another name, and for dense execution compiled.
         """
-        if name != self.execution:
-            self._executor = executor_named(name)
+        if (name, compile) != (self.execution, self.is_compiled):
+            self._executor = executor_named(name, compile)
         return self
 
     def set_keep_bias(self, keep_bias: float) -> DynamicTransformer:
@@ -167,16 +185,23 @@ class DynamicTransformer(ModelMixin, ConfigMixin):
         super()._apply(fn, recurse)
         return self
 
-    def plan(self, timesteps: Tensor | Sequence[float]) -> WidthPlan:
-        """Decide the widths of a schedule once; later compact forwards at these timesteps ask no width router.
+    def plan(
+        self, timesteps: Tensor | Sequence[float], class_labels: Tensor | Sequence[int] | None = None
+    ) -> WidthPlan:
+        """Prepare a schedule: later compact forwards at these timesteps ask no width router and copy few weights or none.
+
+        Results are those without a plan, up to rounding.
 
         Args:
-            timesteps: Values of t as `forward` will receive them.
+            timesteps: Values of t as `forward` will receive them, in the order in which it will.
+            class_labels: The labels of the images to come, the null class among them if guidance is used. With them, the adaLN
+                values of the whole schedule are computed at once, as far as they fit into the executor's budget.
 
         Returns:
             The plan; its ``hits`` and ``misses`` count later forwards. Switches the execution to compact.
         """
-        self.set_execution("compact")
+        if self.execution != "compact":
+            self.set_execution("compact")
         executor = self._executor
         if not isinstance(executor, CompactExecutor):
             raise DyditError(
@@ -185,11 +210,33 @@ class DynamicTransformer(ModelMixin, ConfigMixin):
                 fix="Call model.set_execution('compact') first.",
             )
         values = torch.as_tensor(timesteps, device=self.device).flatten()
-        with torch.no_grad():
-            embeddings = self.t_embedder(self.native_timestep(values))
-            return executor.make_plan(
-                self.dynamic_blocks, values, embeddings, ThresholdGating(self.keep_bias), self.t_embedder
-            )
+        labels = [] if class_labels is None else torch.as_tensor(class_labels).flatten().tolist()
+        known = [min(int(label), self.geometry.num_classes) for label in labels]
+        return executor.make_plan(self, values, known, ThresholdGating(self.keep_bias))
+
+    @property
+    def current_plan(self) -> WidthPlan | None:
+        """The plan in use: that of `plan`, or one that has grown from the timesteps that were seen; None without either."""
+        return self._executor.plan if isinstance(self._executor, CompactExecutor) else None
+
+    def conditioning_modules(self) -> list[nn.Module]:
+        """See `ConditionedModel`."""
+        return [self.t_embedder, self.y_embedder, self.final_layer.adaLN_modulation]
+
+    def embed_time(self, timestep: Tensor) -> Tensor:
+        """See `ConditionedModel`."""
+        embedding: Tensor = self.t_embedder(self.native_timestep(timestep))
+        return embedding
+
+    def embed_labels(self, labels: Tensor) -> Tensor:
+        """See `ConditionedModel`."""
+        embedding: Tensor = self.y_embedder(labels)
+        return embedding
+
+    def modulation_values(self, condition: Tensor) -> Tensor:
+        """See `ConditionedModel`."""
+        layers = [block.adaLN_modulation for block in self.dynamic_blocks]
+        return torch.cat([layer(condition) for layer in (*layers, self.final_layer.adaLN_modulation)], dim=1)
 
     @torch.no_grad()
     def routing(
@@ -293,20 +340,37 @@ class DynamicTransformer(ModelMixin, ConfigMixin):
         executor = executor or self._executor
         gating = gating or ThresholdGating(self.keep_bias)
         self._check_input(hidden_states)
-        times = torch.as_tensor(timestep, device=hidden_states.device).reshape(-1).expand(len(hidden_states))
+        device, batch = hidden_states.device, len(hidden_states)
+        given = torch.as_tensor(timestep).reshape(-1)
+        times = given.to(device).expand(batch)
         tokens = self.x_embedder(hidden_states.to(self.pos_embed.dtype)) + self.pos_embed
-        time_embedding = self.t_embedder(self.native_timestep(times))
-        condition = time_embedding + self.y_embedder(class_labels)
-        widths = executor.widths(self.dynamic_blocks, times, time_embedding, gating)
+        widths: Sequence[BlockWidth] | None = None
+        modulation: StepModulation | None = None
+        if isinstance(executor, CompactExecutor):
+            values = same_for_all(given.tolist())
+            widths = executor.known(self, values, batch, gating)
+            # Values that were computed beforehand have no gradient, and not the types of autocast.
+            if batch and not torch.is_grad_enabled() and not torch.is_autocast_enabled(device.type):
+                labels = executor.labels_of(class_labels, self.geometry.num_classes)
+                modulation = executor.modulation(self, values, labels, times)
+        condition: Tensor | None = None
+        if widths is None or modulation is None:
+            time_embedding = self.embed_time(times)
+            if modulation is None:
+                condition = time_embedding + self.y_embedder(class_labels)
+            if widths is None:
+                widths = executor.widths(self.dynamic_blocks, times, time_embedding, gating)
         decided = []
         for index, (block, width) in enumerate(zip(self.dynamic_blocks, widths, strict=True)):
-            arguments = (tokens, condition, width, executor, gating, index)
+            of_block = modulation.blocks[index] if modulation is not None else None
+            arguments = (tokens, condition, width, executor, gating, index, of_block)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens, keep = self._gradient_checkpointing_func(block, *arguments)
             else:
                 tokens, keep = block(*arguments)
             decided.append(BlockRouting(width.heads, width.groups, keep))
-        sample = self._unpatchify(self.final_layer(tokens, condition))
+        final = modulation.final if modulation is not None else None
+        sample = self._unpatchify(self.final_layer(tokens, condition, final))
         return self.native_prediction(sample), Routing(tuple(decided))
 
     def native_prediction(self, sample: Tensor) -> Tensor:
@@ -329,6 +393,11 @@ class DynamicTransformer(ModelMixin, ConfigMixin):
                 why=f"Its position table has {self.geometry.num_tokens} entries and its patch embedder {expected[0]} channels.",
                 fix="Resize the input, or convert a checkpoint of that resolution.",
             )
+
+
+def same_for_all(values: list[float]) -> list[float]:
+    """One entry where all are equal, else the list."""
+    return values[:1] if values.count(values[0] if values else 0.0) == len(values) else values
 
 
 def check_divides(divisor_name: str, divisor: int, number_name: str, number: int) -> None:

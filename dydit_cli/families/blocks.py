@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from dydit_cli.dynamic.gates import Gating
 from dydit_cli.dynamic.layers import DynamicAttention, DynamicMlp
 from dydit_cli.dynamic.routers import ChannelRouter, HeadRouter, TokenRouter
-from dydit_cli.execution.interface import BlockWidth, Executor, Modulation, modulate
+from dydit_cli.execution.compiled import BlockCompiler
+from dydit_cli.execution.interface import BlockWidth, BranchModulation, Executor, Modulation, modulate
 
 NORM_EPS = 1e-6
 FREQUENCY_SIZE = 256
@@ -77,9 +78,11 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """(B, N, C) tokens and (B, C) condition -> (B, N, patch * patch * C_out)."""
-        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
+    def forward(
+        self, tokens: Tensor, condition: Tensor | None, modulation: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """(B, N, C) tokens and (B, C) condition, or its shift and scale if they are known -> (B, N, patch * patch * C_out)."""
+        shift, scale = modulation or self.adaLN_modulation(condition).chunk(2, dim=1)
         projected: Tensor = self.linear(modulate(self.norm_final(tokens), shift[:, None], scale[:, None]))
         return projected
 
@@ -108,16 +111,26 @@ class DynamicDiTBlock(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        condition: Tensor,
+        condition: Tensor | None,
         width: BlockWidth,
         executor: Executor,
         gating: Gating,
         index: int,
+        modulation: BranchModulation | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(B, N, C) tokens, (B, C) condition -> ((B, N, C) tokens, (B, N) mask of the tokens that entered the MLP)."""
-        shift, scale, gate, *mlp_values = self.adaLN_modulation(condition).chunk(6, dim=1)
-        inputs = modulate(self.norm1(tokens), shift[:, None], scale[:, None])
-        tokens = tokens + gate[:, None] * executor.attend(self.attn, inputs, width)
+        """(B, N, C) tokens, (B, C) condition -> ((B, N, C) tokens, (B, N) mask of the tokens that entered the MLP).
+
+        ``modulation`` holds the adaLN values of attention and MLP if they are known; the condition is then not needed.
+        """
+        if modulation is None:
+            values = self.adaLN_modulation(condition).chunk(6, dim=1)
+            modulation = Modulation(*values[:3]), Modulation(*values[3:])
+        if isinstance(executor, BlockCompiler):
+            done = executor.run_block(self, tokens, modulation, width, gating, index)
+            if done is not None:
+                return done
+        for_attention, for_mlp = modulation
+        tokens = executor.attend(self, tokens, for_attention, width)
         keep = executor.select(self.token_router, tokens, gating, index)
-        tokens = executor.feed_forward(self, tokens, Modulation(*mlp_values), width, keep)
+        tokens = executor.feed_forward(self, tokens, for_mlp, width, keep)
         return tokens, keep

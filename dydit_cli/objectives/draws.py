@@ -85,7 +85,9 @@ class HeldOutDraws:
         It is seen at ``turns`` evenly spaced levels, beginning with its position: every level gets its
         share of the samples.
         """
-        levels = ((position + turn * self.timesteps // self.turns) % self.timesteps for turn in range(self.turns))
+        levels = (
+            (position + turn * self.timesteps // self.turns) % self.timesteps for turn in range(self.turns)
+        )
         return level in levels
 
     def _batch(self, indices: list[int], level: int, t: float, device: torch.device | str) -> HeldOutBatch:

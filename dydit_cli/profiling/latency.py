@@ -44,6 +44,7 @@ class LatencyReport:
         interval: The 95 % bootstrap interval of ``ratio``.
         dense_ratio: Dense / static.
         repetitions: Rounds.
+        compiled: Whether the blocks of static and compact execution were compiled while time was measured.
         timesteps: Noise levels of a round, as t.
         batch: Images in a forward.
         threads: Of torch on the CPU.
@@ -61,6 +62,7 @@ class LatencyReport:
     interval: tuple[float, float]
     dense_ratio: float
     repetitions: int
+    compiled: bool
     timesteps: list[float]
     batch: int
     threads: int
@@ -79,6 +81,7 @@ def measure_latency(
     labels: Tensor,
     *,
     repetitions: int,
+    compile: bool = False,  # noqa: A002
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -91,6 +94,7 @@ def measure_latency(
         clean: (B, C, h, w) samples.
         labels: (B,).
         repetitions: Rounds, an order reversed every other one.
+        compile: Whether time is that of compiled blocks; memory is always that of eager ones.
         dtype: To run in.
         seed: Of the noise.
         on_progress: Told how many passes over the levels, of how many, are done.
@@ -128,6 +132,7 @@ def measure_latency(
         interval=(compact.low, compact.high),
         dense_ratio=paired_ratio(seconds["dense"], seconds["static"], seed).ratio,
         repetitions=repetitions,
+        compiled=compile,
         timesteps=[float(level.timestep[0]) for level in levels],
         batch=len(clean),
         threads=torch.get_num_threads(),

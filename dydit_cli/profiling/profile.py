@@ -43,6 +43,7 @@ class ProfileSettings:
         latency: Whether to measure time and memory.
         latency_batch: Samples of a forward of that.
         repetitions: Rounds of that.
+        compile: Whether blocks of static and compact execution are compiled for the time of that.
         dtype: Type of numbers of that.
         seed: Of every draw.
     """
@@ -53,6 +54,7 @@ class ProfileSettings:
     latency: bool = True
     latency_batch: int = 4
     repetitions: int = 11
+    compile: bool = False
     dtype: torch.dtype = torch.float32
     seed: int = 0
 
@@ -203,6 +205,7 @@ def profile(
             clean,
             labels,
             repetitions=settings.repetitions,
+            compile=settings.compile,
             dtype=settings.dtype,
             seed=settings.seed,
             on_progress=lambda done, total: on_progress("time and memory", done, total),

@@ -112,7 +112,9 @@ def measure_shares(
         levels.setdefault(float(batch.t[0]), []).append(_rows(routing, model.geometry, static))
         done += len(batch.t)
         on_progress(done, total)
-    return _summed_up({t: _joined(rows) for t, rows in sorted(levels.items())}, draws.objective, draws.samples)
+    return _summed_up(
+        {t: _joined(rows) for t, rows in sorted(levels.items())}, draws.objective, draws.samples
+    )
 
 
 def _decisions(

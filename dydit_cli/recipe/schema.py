@@ -188,6 +188,7 @@ class ProfileSection(Section):
         latency: Measure time and memory as well.
         latency_batch: Images a forward of the time measurement.
         repetitions: Interleaved pairs of the time measurement, of which the median counts.
+        compile: Measure the time of static and compact execution with compiled blocks.
         trajectory: Also report the ratio on the sampler's own states.
         seed: Seed of every draw.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -208,6 +209,7 @@ class ProfileSection(Section):
     latency: Flag = True
     latency_batch: Count = 4
     repetitions: Count = 11
+    compile: Flag = False
     trajectory: Flag = True
     seed: Seed = 0
     device: Text = "auto"
@@ -237,10 +239,12 @@ class SampleSection(Section):
         seed: Image i depends on (seed, i) alone.
         batch_size: Images a forward.
         execution: `compact` skips what the routers switch off, `dense` multiplies it by zero, `static` ignores the routers.
+        compile: Compile the model's blocks with `torch.compile`, for compact and static execution.
         keep_bias: Added to every router logit: a dial without training; `inf` keeps everything.
         vae: A local AutoencoderKL folder; latents are saved if not given.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: Type of weights and activations.
+        deterministic: Make each image alone, so that it is the same bit for bit whatever the batch size.
         overwrite: Replace an existing artifact.
     """
 
@@ -258,10 +262,12 @@ class SampleSection(Section):
     seed: Seed = 0
     batch_size: Count = 32
     execution: Literal["compact", "dense", "static"] = "compact"
+    compile: Flag = False
     keep_bias: Dial = 0.0
     vae: Location | None = None
     device: Text = "auto"
     dtype: Dtype = "float32"
+    deterministic: Flag = False
     overwrite: Flag = False
 
     @model_validator(mode="after")

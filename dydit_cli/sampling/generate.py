@@ -1,12 +1,13 @@
 """Generate images with a dynamic model, a batch at a time: 50,000 images need no more memory than one batch.
 
 Image i has the class ``classes[i % len(classes)]`` and its own noise, so it is the same in any batch and on any number of
-processes (up to the rounding of a matrix product, which depends on the batch's size).
+processes, up to the rounding of a matrix product, which depends on the batch's size; ``deterministic`` removes that too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from dydit_cli.errors import DyditError
 from dydit_cli.families.backbone import DynamicTransformer
 from dydit_cli.families.registry import family_of
+from dydit_cli.sampling.determinism import deterministic_kernels
 from dydit_cli.sampling.guidance import Guidance, GuidedField
 from dydit_cli.sampling.noise import ImageNoise
 from dydit_cli.sampling.samplers import Sampler, check_steps, sampler_for
@@ -52,16 +54,32 @@ class GenerationSettings:
     guidance: Guidance
     seed: int
     batch_size: int
+    deterministic: bool
 
     def batches(self) -> Iterator[tuple[int, ...]]:
-        """The indices of each batch. An adaptive sampler makes one image at a time, or its steps would depend on the others."""
-        size = 1 if self.sampler.adaptive else self.batch_size
+        """The indices of each batch.
+
+        An adaptive sampler makes one image at a time, or its steps would depend on the others. A deterministic run does too:
+        padding to a fixed batch would not do, because the number of kept tokens, and with it the shape of a product, would
+        still depend on the others.
+        """
+        size = 1 if self.sampler.adaptive or self.deterministic else self.batch_size
         for first in range(0, self.num_images, size):
             yield tuple(range(first, min(first + size, self.num_images)))
 
     def label(self, index: int) -> int:
         """The class of image ``index``."""
         return self.classes[index % len(self.classes)]
+
+    def labels_of_run(self, null: int) -> list[int] | None:
+        """All labels that the model will be asked for, ``null`` among them under guidance.
+
+        None for a deterministic run: what is computed for all labels at once depends, in its last bits, on how many they are.
+        """
+        if self.deterministic:
+            return None
+        classes = set(self.classes[: self.num_images])
+        return sorted(classes | {null} if self.guidance.branches > 1 else classes)
 
 
 def check_settings(
@@ -76,6 +94,7 @@ def check_settings(
     sampler: str | None = None,
     seed: int = 0,
     batch_size: int = 32,
+    deterministic: bool = False,
 ) -> GenerationSettings:
     """Check what a user asks for against what the model can do, before any work. The arguments are those of `generate`.
 
@@ -116,7 +135,14 @@ def check_settings(
             fix="Pass guidance_channels=first3 or guidance_channels=all.",
         )
     return GenerationSettings(
-        chosen, labels, num_images, steps, Guidance(guidance, guidance_channels), seed, batch_size
+        chosen,
+        labels,
+        num_images,
+        steps,
+        Guidance(guidance, guidance_channels),
+        seed,
+        batch_size,
+        deterministic,
     )
 
 
@@ -131,6 +157,7 @@ def generate(
     sampler: str | None = None,
     seed: int = 0,
     batch_size: int = 32,
+    deterministic: bool = False,
     on_progress: Progress | None = None,
 ) -> Iterator[Batch]:
     """Generate images in the model's own execution, dtype and device. Arguments are checked at once, work is done on iteration.
@@ -145,6 +172,8 @@ def generate(
         sampler: A name in `dydit_cli.sampling.samplers.SAMPLERS`; None is the family's default.
         seed: Image i depends on (seed, i) alone.
         batch_size: Images in one forward (twice as many rows under guidance).
+        deterministic: Make each image alone and with deterministic kernels: the same picture bit for bit, whatever the batch
+            size and the other images, on one device with one number of threads.
         on_progress: Told after each step how many images are done, a step counting as its share of its batch.
 
     Returns:
@@ -164,6 +193,7 @@ def generate(
         sampler=sampler,
         seed=seed,
         batch_size=batch_size,
+        deterministic=deterministic,
     )
     return _generated(model, settings, on_progress or (lambda done: None))
 
@@ -174,17 +204,19 @@ def _generated(
     sampler = settings.sampler
     if model.execution == "compact" and sampler.times is not None:
         # The width routers read t alone: the whole schedule is decided in one call, and no step asks them again.
-        model.plan(sampler.times(settings.steps))
+        model.plan(sampler.times(settings.steps), settings.labels_of_run(model.geometry.num_classes))
     geometry = model.geometry
     shape = (geometry.in_channels, geometry.sample_size, geometry.sample_size)
     for indices in settings.batches():
         labels = tuple(settings.label(index) for index in indices)
         field = GuidedField(model, torch.tensor(labels, device=model.device), settings.guidance)
         noise = ImageNoise(settings.seed, indices, shape, model.device)
-        sample = start = noise.start()
-        for step, state in enumerate(sampler.integrate(field, start, settings.steps, noise), start=1):
-            sample = state
-            on_progress(indices[0] + len(indices) * min(1.0, step / settings.steps))
+        # Left before a batch is handed out: the setting is the process's, and what the caller does with a batch is not ours.
+        with deterministic_kernels() if settings.deterministic else nullcontext():
+            sample = start = noise.start()
+            for step, state in enumerate(sampler.integrate(field, start, settings.steps, noise), start=1):
+                sample = state
+                on_progress(indices[0] + len(indices) * min(1.0, step / settings.steps))
         on_progress(indices[-1] + 1)
         _check_finite(sample, indices, model)
         yield Batch(indices, labels, sample, field.meter.mean(len(indices)), field.meter.evaluations)

@@ -7,6 +7,7 @@ variance is never guided.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -99,6 +100,11 @@ class GuidedField:
         """Whether routers decide anything."""
         return self.model.execution != "static"
 
+    @cached_property
+    def labels_of_both(self) -> Tensor:
+        """(2B,) the labels and as many null classes; one tensor for the whole run, which the engine recognises."""
+        return torch.cat([self.labels, torch.full_like(self.labels, self.model.geometry.num_classes)])
+
     def frozen(self, time: Tensor) -> GuidedField:
         """See `Field`."""
         return replace(self, widths=self.model.routing(time.reshape(1)))
@@ -106,11 +112,11 @@ class GuidedField:
     @torch.no_grad()
     def __call__(self, state: Tensor, time: Tensor) -> Tensor:
         """See `Field`; ``time`` may also be (B,). Both branches run in one forward."""
-        times = time.to(state.device).expand(len(state))
+        # A scalar stays where it is: on the host, finding it in a plan waits for nothing.
         if self.guidance.branches == 1:
-            return self._predict(state, times, self.labels)
-        null = torch.full_like(self.labels, self.model.geometry.num_classes)
-        both = self._predict(state.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([self.labels, null]))
+            return self._predict(state, time, self.labels)
+        times = time if time.dim() == 0 else time.repeat(2)
+        both = self._predict(state.repeat(2, 1, 1, 1), times, self.labels_of_both)
         conditional, unconditional = both.chunk(2)
         return self.guidance.combine(conditional, unconditional, state.shape[1])
 

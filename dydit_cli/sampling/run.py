@@ -73,10 +73,12 @@ def sample(
     seed: int = 0,
     batch_size: int = 32,
     execution: str = "compact",
+    compile: bool = False,  # noqa: A002
     keep_bias: float = 0.0,
     vae: str | Path | None = None,
     device: str = "auto",
     dtype: str = "float32",
+    deterministic: bool = False,
     overwrite: bool = False,
     recipe_yaml: str | None = None,
     on_progress: Progress | None = None,
@@ -95,10 +97,12 @@ def sample(
         seed: Image i depends on (seed, i) alone.
         batch_size: Images in one forward.
         execution: ``compact``, ``dense`` or ``static``.
+        compile: Whether blocks are compiled; for compact and static execution.
         keep_bias: Added to all router logits.
         vae: Local AutoencoderKL folder; without it a latent model's latents are saved.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
+        deterministic: Each image alone, the same bit for bit whatever the batch size; see `generate`.
         overwrite: Replace ``out``.
         recipe_yaml: The resolved recipe, kept beside the images.
         on_progress: See `generate`.
@@ -115,6 +119,7 @@ def sample(
         "sampler": sampler,
         "seed": seed,
         "batch_size": batch_size,
+        "deterministic": deterministic,
     }
     config = model_config(model)
     model_class = class_named(config["_class_name"])
@@ -132,6 +137,7 @@ def sample(
     loaded = load_model(
         model,
         execution=execution,
+        compile=compile,
         torch_dtype=number_type,
         device=place,
         keep_bias=keep_bias,
@@ -167,6 +173,7 @@ def sample(
             "classes": None if classes is None else list(classes),
             "sampler": settings.sampler.name,
             "execution": execution,
+            "compile": compile,
             # JSON has no word for infinity.
             "keep_bias": keep_bias if math.isfinite(keep_bias) else str(keep_bias),
             "dtype": dtype,

@@ -56,7 +56,7 @@ def parts(stderr: str) -> tuple[str, str, str]:
 
 
 def test_the_commands() -> None:
-    assert list(COMMANDS) == [*STAGES, "demo", "recipes"]
+    assert list(COMMANDS) == [*STAGES, "bench", "demo", "recipes"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -91,7 +91,16 @@ def test_the_defaults_that_help_shows_are_the_schemas(stage: str) -> None:
             assert shown == str(field.default), parameter.name
 
 
-HELPS = [*STAGES, "demo", "recipes", "recipes list", "recipes show", "recipes copy", "recipes validate"]
+HELPS = [
+    *STAGES,
+    "bench",
+    "demo",
+    "recipes",
+    "recipes list",
+    "recipes show",
+    "recipes copy",
+    "recipes validate",
+]
 
 
 @pytest.mark.parametrize("name", HELPS)

@@ -68,7 +68,7 @@ def test_compact_forward(family: Family, changes: dict[str, object], seed: int) 
 @each_family
 def test_a_planned_forward_asks_no_width_router(family: Family) -> None:
     model = tiny_model(family).set_execution("compact")
-    images, _, labels = tiny_inputs(model, 4)
+    images, labels = tiny_inputs(model, 4)[0], torch.arange(4)
     model.plan([0.5])
 
     def count() -> float:

@@ -110,17 +110,21 @@ def test_routing_says_what_a_forward_decides(family: Family) -> None:
 
 @each_family
 @torch.no_grad()
-def test_a_plan_changes_no_bit_and_counts_its_use(family: Family) -> None:
+def test_a_plan_changes_nothing_and_counts_its_use(family: Family) -> None:
+    """Up to rounding: units may be added up in another order. Mixed timesteps count as known if each of them is."""
     model = tiny_model(family).set_execution("compact")
     images, times, labels = tiny_inputs(model)
     before = [model(images, t, labels).sample for t in times]
     plan = model.plan(times)
     after = [model(images, t, labels).sample for t in times]
-    assert all(torch.equal(bits(one), bits(other)) for one, other in zip(before, after, strict=True))
+    assert all(relative_difference(one, other) < 1e-5 for one, other in zip(after, before, strict=True))
     assert (plan.hits, plan.misses) == (3, 0)
     model(images, times[0] + 0.0625, labels)
-    model(images, times, labels)
-    assert (plan.hits, plan.misses) == (3, 2)
+    assert (plan.hits, plan.misses) == (3, 1)
+    together = model(images, times, labels).sample
+    assert (plan.hits, plan.misses) == (4, 1)
+    alone = torch.cat([sample[row : row + 1] for row, sample in enumerate(before)])
+    assert relative_difference(together, alone) < 1e-5
 
 
 @each_family

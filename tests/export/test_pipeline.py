@@ -187,7 +187,7 @@ def test_compact_execution_and_plans_work_inside_the_pipeline(tmp_path: Path) ->
     expected = draw(pipeline)
     pipeline.scheduler.set_timesteps(STEPS)
     plan = pipeline.transformer.plan(pipeline.scheduler.timesteps)
-    assert torch.equal(draw(pipeline), expected)
+    torch.testing.assert_close(draw(pipeline), expected, atol=1e-4, rtol=0)
     assert (plan.hits, plan.misses) == (STEPS, 0)
     pipeline.transformer.set_execution("static")
     assert not torch.allclose(draw(pipeline), expected, atol=1e-3)

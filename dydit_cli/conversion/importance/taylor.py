@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from dydit_cli.conversion.importance.scores import Importance
 from dydit_cli.data.source import Source
-from dydit_cli.dynamic.layers import DynamicAttention
 from dydit_cli.execution import BlockWidth, DynamicBlock, Modulation, StaticExecutor
 from dydit_cli.execution.interface import attention_with, mlp_with, modulate
 from dydit_cli.families.backbone import DynamicTransformer
@@ -44,9 +43,14 @@ class GateProbe(StaticExecutor):
     def _ones(model: DynamicTransformer, batch: int, units: int) -> Tensor:
         return torch.ones(batch, units, device=model.device, requires_grad=True)
 
-    def attend(self, attention: DynamicAttention, inputs: Tensor, width: BlockWidth) -> Tensor:
+    def attend(
+        self, block: DynamicBlock, tokens: Tensor, modulation: Modulation, width: BlockWidth
+    ) -> Tensor:
         """See `Executor`."""
-        return attention_with(attention, inputs, self._gate_of[attention])
+        inputs = modulate(block.norm1(tokens), modulation.shift[:, None], modulation.scale[:, None])
+        return tokens + modulation.gate[:, None] * attention_with(
+            block.attn, inputs, self._gate_of[block.attn]
+        )
 
     def feed_forward(
         self, block: DynamicBlock, tokens: Tensor, modulation: Modulation, width: BlockWidth, keep: Tensor
