@@ -79,7 +79,10 @@ def test_every_command_and_option_in_the_pages_exists() -> None:
             assert words, f"{page}: a command is missing"
             assert words[0] in command.commands, f"{page}: dydit {words[0]} does not exist"
             command = command.commands[words.pop(0)]
-        known = {name for parameter in command.params for name in parameter.opts} | {"--help"}
+        known = {
+            name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)
+        }
+        known.add("--help")
         unknown = [word for word in words if word.startswith("--") and word.split("=")[0] not in known]
         assert not unknown, f"{page}: dydit {command.name} has no {unknown}"
         seen += 1

@@ -102,28 +102,23 @@ def _columns(axes: Axes, report: BenchReport) -> None:
 
 
 def _draw(axes: Axes, place: int, row: Row) -> None:
-    """One row; the first one names what the marks are."""
-    named = place == 0
-
-    def label(text: str) -> str:
-        return text if named else "_nolegend_"
-
-    axes.barh(place, row.ideal, height=0.62, color=PROMISE, label=label(IDEAL), zorder=2)
+    """One row."""
+    axes.barh(place, row.ideal, height=0.62, color=PROMISE, label=IDEAL, zorder=2)
     if row.dense_ratio is not None:
         axes.plot(
             row.dense_ratio, place, "o", markersize=6, markerfacecolor="white", markeredgecolor=FAINT,
-            label=label(DENSE_MARK), zorder=4,
+            label=DENSE_MARK, zorder=4,
         )  # fmt: skip
     low, high = row.interval
     axes.errorbar(
         row.time_ratio, place, xerr=[[row.time_ratio - low], [high - row.time_ratio]], fmt="o", markersize=7,
-        color=COMPACT, elinewidth=2.2, capsize=3.5, label=label(COMPACT_MARK), zorder=6,
+        color=COMPACT, elinewidth=2.2, capsize=3.5, label=COMPACT_MARK, zorder=6,
     )  # fmt: skip
     if row.compiled is not None:
         found, (low, high) = row.compiled.time_ratio, row.compiled.interval
         axes.errorbar(
             found, place, xerr=[[found - low], [high - found]], fmt="D", markersize=6, color=COMPILED,
-            elinewidth=2.2, capsize=3.5, label=label(COMPILED_MARK), zorder=5,
+            elinewidth=2.2, capsize=3.5, label=COMPILED_MARK, zorder=5,
         )  # fmt: skip
 
 

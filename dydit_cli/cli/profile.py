@@ -223,6 +223,7 @@ def _settings(section: ProfileSection, latency: bool) -> ProfileSettings:
         latency=latency,
         latency_batch=section.latency_batch,
         repetitions=section.repetitions,
+        compile=section.compile,
         dtype=getattr(torch, section.dtype),
         seed=section.seed,
     )

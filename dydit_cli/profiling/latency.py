@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dydit_cli.artifacts.manifest import device_description
 from dydit_cli.dynamic.gates import CompleteGating
-from dydit_cli.execution import DenseExecutor, StaticExecutor
+from dydit_cli.execution import CompiledStaticExecutor, DenseExecutor, StaticExecutor
 from dydit_cli.families.backbone import DynamicTransformer
 from dydit_cli.objectives import Objective
 from dydit_cli.profiling.memory import measure_memory
@@ -103,9 +103,8 @@ def measure_latency(
         model = copy.deepcopy(model).to(dtype)
     device = model.device
     levels = _levels(objective, clean.to(device), labels.to(device), seed)
-    before = model.execution
-    # By way of static, so that the executor is new and its packed weights can be counted.
-    model.set_execution("static").plan([float(level.timestep[0]) for level in levels])
+    before = model.execution, model.is_compiled
+    schedule = [float(level.timestep[0]) for level in levels]
     sides: dict[str, Callable[..., object]] = {
         "static": partial(model.denoise, executor=StaticExecutor(), gating=CompleteGating()),
         "dense": partial(model.denoise, executor=DenseExecutor()),
@@ -121,10 +120,18 @@ def measure_latency(
         done += 1
         on_progress(done, total)
 
-    packed = measure_memory(partial(sweep, "compact"), device).retained
+    def pack() -> None:
+        # By way of static, so that the executor is new and what it packs is counted.
+        model.set_execution("static").plan(schedule)
+        sweep("compact")
+
+    packed = measure_memory(pack, device).retained
     peaks = {name: max(_peak(run, level, device) for level in levels) for name, run in sides.items()}
+    if compile:
+        model.set_execution("static").set_execution("compact", compile=True).plan(schedule)
+        sides["static"] = partial(model.denoise, executor=CompiledStaticExecutor(), gating=CompleteGating())
     seconds = interleaved({name: partial(sweep, name) for name in sides}, repetitions, time.perf_counter)
-    model.set_execution("static").set_execution(before)
+    model.set_execution("static").set_execution(*before)
     compact = paired_ratio(seconds["compact"], seconds["static"], seed)
     return LatencyReport(
         **{f"{name}_ms": _median(seconds[name]) / len(levels) * 1000 for name in sides},

@@ -27,6 +27,7 @@ KEYS = {
 }  # fmt: skip
 TIMESTEP_KEYS = {"t", "noise_level", "heads", "groups", "tokens", "gmacs", "ratio"}
 LATENCY_KEYS = {
+    "compiled",
     "static_ms", "dense_ms", "compact_ms", "ratio", "interval", "dense_ratio", "repetitions", "timesteps", "batch",
     "threads", "device", "dtype", "peak_mib", "packed_mib", "memory_method",
 }  # fmt: skip
