@@ -1,7 +1,6 @@
 """Multiply-accumulates by formula: one differentiable count for the loss, the profiler and the console.
 
-The papers' "FLOPs" are multiply-accumulates. Attention over n tokens costs 4nC^2 + 2n^2C, of which the share of active heads is
-executed; the MLP costs 2nC * hidden, of which the share of active groups times the share of kept tokens is executed. LayerNorm
+The papers' "FLOPs" are multiply-accumulates. What a block costs, complete and as executed, is in `dynamic/costs.py`. LayerNorm
 counts 4 an element, as in fvcore: DiT-XL/2 at 256 px is 118.6887 G with it, 118.6214 G without.
 """
 
@@ -13,18 +12,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dydit_cli.dynamic.geometry import Geometry
+from dydit_cli.dynamic.costs import CostedGeometry
 from dydit_cli.dynamic.routing import Routing
-
-LAYERNORM_MACS = 4
-FREQUENCY_SIZE = 256
-TOKEN_ROUTER_REDUCTION = 16
 
 
 class HasGeometry(Protocol):
     """Anything that says its geometry, such as a model."""
 
-    geometry: Geometry
+    @property
+    def geometry(self) -> CostedGeometry:
+        """Its numbers."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -61,76 +59,74 @@ class MacsReport:
         return self.attention + self.mlp
 
 
-def attention_macs(geometry: Geometry) -> float:
-    """MACs of one block's complete attention, for one image."""
-    tokens, channels = geometry.num_tokens, geometry.hidden_size
-    return 4.0 * tokens * channels**2 + 2.0 * tokens**2 * channels
+def attention_macs(geometry: CostedGeometry) -> float:
+    """MACs of a block's complete attention, for one image; the mean over the blocks."""
+    costs = geometry.block_costs()
+    return sum(float(cost.complete.attention) for cost in costs) / len(costs)
 
 
-def mlp_macs(geometry: Geometry) -> float:
-    """MACs of one block's complete MLP, for one image."""
-    return 2.0 * geometry.num_tokens * geometry.hidden_size * geometry.mlp_hidden
+def mlp_macs(geometry: CostedGeometry) -> float:
+    """MACs of a block's complete MLP, for one image; the mean over the blocks."""
+    costs = geometry.block_costs()
+    return sum(float(cost.complete.mlp) for cost in costs) / len(costs)
 
 
-def executed_ratio(routing: Routing, geometry: Geometry) -> Tensor:
+def executed_ratio(routing: Routing, geometry: CostedGeometry) -> Tensor:
     """The share of attention and MLP MACs that is executed, (B,), with the gradient of the masks.
 
     Source: DyDiT, section 3.4 (F_dynamic / F_static), with routers, embeddings and modulation left out as there.
     """
-    attention, mlp = attention_macs(geometry), mlp_macs(geometry)
-    executed = [
-        attention * block.heads.float().mean(dim=1)
-        + mlp * block.groups.float().mean(dim=1) * block.tokens.float().mean(dim=1)
-        for block in routing.blocks
-    ]
-    return torch.stack(executed).mean(dim=0) / (attention + mlp)
+    costs = geometry.block_costs()
+    # Shares first: sums of MACs would lose digits in fp32.
+    static = sum(float(sum(cost.complete)) for cost in costs)
+    executed = [sum(cost.executed(block)) / static for cost, block in zip(costs, routing.blocks, strict=True)]
+    return torch.stack([torch.as_tensor(share) for share in executed]).sum(dim=0)
 
 
-def ratio_floor(geometry: Geometry) -> float:
+def ratio_floor(geometry: CostedGeometry) -> float:
     """The least ratio that training can reach: one head, one group and no token, or 0 without always-on units."""
     if not geometry.always_on:
         return 0.0
-    attention, mlp = attention_macs(geometry), mlp_macs(geometry)
-    return (attention / geometry.num_heads) / (attention + mlp)
+    costs = geometry.block_costs()
+    least = sum(cost.floor(geometry.num_heads, geometry.num_groups) for cost in costs)
+    return least / sum(float(sum(cost.complete)) for cost in costs)
 
 
-def macs_of(geometry: Geometry, routing: Routing | None = None) -> MacsReport:
+def macs_of(geometry: CostedGeometry, routing: Routing | None = None) -> MacsReport:
     """Count one image's forward pass.
 
     Args:
         geometry: The model's.
         routing: What was executed, averaged over its batch; None counts the static model, without routers.
     """
-    channels, tokens, depth = geometry.hidden_size, geometry.num_tokens, geometry.depth
-    patch_area = geometry.patch_size**2
+    costs = geometry.block_costs()
     if routing is None:
-        heads = mlp_share = kept = 1.0
-        routers = 0.0
+        blocks = [cost.complete for cost in costs]
+        kept = [1.0] * len(costs)
     else:
-        heads = float(routing.heads.float().mean())
-        kept = float(routing.tokens.float().mean())
-        groups = routing.groups.float().mean(dim=2)
-        mlp_share = float((groups * routing.tokens.float().mean(dim=2)).mean())
-        routers = depth * router_macs(geometry)
+        blocks = [cost.executed(block) for cost, block in zip(costs, routing.blocks, strict=True)]
+        kept = [float(block.tokens.float().mean()) for block in routing.blocks]
+    around = geometry.surrounding_macs(kept)
     return MacsReport(
-        attention=depth * attention_macs(geometry) * heads,
-        mlp=depth * mlp_macs(geometry) * mlp_share,
-        embeddings=float(
-            tokens * patch_area * geometry.in_channels * channels + FREQUENCY_SIZE * channels + channels**2
-        ),
-        modulation=float((6 * depth + 2) * channels**2),
-        final=float(tokens * channels * patch_area * geometry.out_channels),
-        layernorm=LAYERNORM_MACS * tokens * channels * (depth * (1 + kept) + 1),
-        routers=routers,
+        attention=sum(mean_of(macs.attention) for macs in blocks),
+        mlp=sum(mean_of(macs.mlp) for macs in blocks),
+        embeddings=around.embeddings,
+        modulation=around.modulation,
+        final=around.final,
+        layernorm=around.layernorm,
+        routers=0.0 if routing is None else sum(geometry.block_router_macs()),
     )
 
 
-def router_macs(geometry: Geometry) -> float:
-    """MACs of one block's three routers, for one image."""
-    channels = geometry.hidden_size
-    inner = max(1, channels // TOKEN_ROUTER_REDUCTION)
-    rows = geometry.num_heads + geometry.num_groups - 2 * int(geometry.always_on)
-    return float(channels * rows + geometry.num_tokens * (channels * inner + inner))
+def mean_of(value: float | Tensor) -> float:
+    """A number as it is, a tensor's mean."""
+    return float(value.double().mean()) if isinstance(value, Tensor) else value
+
+
+def router_macs(geometry: CostedGeometry) -> float:
+    """MACs of one block's routers, for one image; the mean over the blocks."""
+    routers = geometry.block_router_macs()
+    return sum(routers) / len(routers)
 
 
 def count_macs(model: HasGeometry, routing: Routing | None = None) -> MacsReport:

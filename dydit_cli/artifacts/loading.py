@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from dydit_cli.errors import DyditError
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.families.registry import class_named, family_named
 
 CONFIG_NAME = "config.json"
@@ -75,7 +75,7 @@ def load_model(
     *,
     compile: bool = False,  # noqa: A002
     convention: str = "stored",
-) -> DynamicTransformer:
+) -> DynamicModel:
     """Load a dynamic model for inference.
 
     Args:
@@ -106,7 +106,7 @@ def load_model(
     model_class = family_named(stored.family).model_class if convention == "native" else stored
     folder = model_folder(path)
     try:
-        model: DynamicTransformer
+        model: DynamicModel
         model, report = model_class.from_pretrained(
             str(folder),
             torch_dtype=torch_dtype or torch.float32,
@@ -126,7 +126,7 @@ def load_model(
     return model.to(device) if device is not None else model
 
 
-def _check_whole(model: DynamicTransformer, report: dict[str, Any], folder: Path) -> None:
+def _check_whole(model: DynamicModel, report: dict[str, Any], folder: Path) -> None:
     """Raise unless every tensor came from the file; diffusers only warns, and leaves what is missing without values."""
     misfits = {
         name.replace("_keys", ""): sorted(report[name]) for name in ("missing_keys", "unexpected_keys")
@@ -134,13 +134,10 @@ def _check_whole(model: DynamicTransformer, report: dict[str, Any], folder: Path
     faults = [f"{len(keys)} {kind} ({', '.join(keys[:3])})" for kind, keys in misfits.items() if keys]
     if not faults:
         faults = [
-            f"the {name} of block {number} does not name every unit once"
-            for number, block in enumerate(model.dynamic_blocks)
-            for name, order in (
-                ("head_order", block.attn.head_order),
-                ("channel_order", block.mlp.channel_order),
-            )
-            if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device))
+            f"{name} does not name every unit once"
+            for name, order in model.named_buffers()
+            if name.endswith(("head_order", "channel_order"))
+            and not torch.equal(order.sort().values, torch.arange(len(order), device=order.device))
         ]
     if faults:
         raise DyditError(
@@ -150,7 +147,7 @@ def _check_whole(model: DynamicTransformer, report: dict[str, Any], folder: Path
         )
 
 
-def load_for_training(path: str | Path, device: torch.device | str | None = None) -> DynamicTransformer:
+def load_for_training(path: str | Path, device: torch.device | str | None = None) -> DynamicModel:
     """Load a dynamic model in fp32, dense, with gradients on everything but the position table.
 
     Raises:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from dydit_cli.artifacts.writing import writing
 from dydit_cli.errors import DyditError
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 
 SIZE = re.compile(r"\d+(\.\d+)?\s*(KB|MB|GB)", re.IGNORECASE)
 
 
-def save_model(model: DynamicTransformer, folder: str | Path, max_shard_size: str = "5GB") -> None:
+def save_model(model: DynamicModel, folder: str | Path, max_shard_size: str = "5GB") -> None:
     """Save configuration and weights into ``folder``, in shards of at most ``max_shard_size``.
 
     Raises:

@@ -9,7 +9,7 @@ from dydit_cli.benchmarking.subjects import fill
 from dydit_cli.dynamic.gates import Gating
 from dydit_cli.dynamic.routing import BlockRouting, Routing
 from dydit_cli.execution import Executor
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 
 
 class DiffusersStatic(nn.Module):
@@ -25,7 +25,7 @@ class DiffusersStatic(nn.Module):
     execution = "static"
     keep_bias = 0.0
 
-    def __init__(self, model: DynamicTransformer, seed: int) -> None:
+    def __init__(self, model: DynamicModel, seed: int) -> None:
         from diffusers import DiTTransformer2DModel
 
         super().__init__()
@@ -86,7 +86,7 @@ class DiffusersStatic(nn.Module):
         return sample[:, : int(self.config["out_channels"])], routing
 
 
-def diffusers_baseline(model: DynamicTransformer, seed: int) -> DiffusersStatic | None:
+def diffusers_baseline(model: DynamicModel, seed: int) -> DiffusersStatic | None:
     """The baseline, or None where diffusers' class has no model of that size: its MLPs are always 4C wide."""
     geometry = model.geometry
     if geometry.mlp_hidden != 4 * geometry.hidden_size:

@@ -17,7 +17,7 @@ from dydit_cli.benchmarking.subjects import Inputs, Subject
 from dydit_cli.dynamic.gates import CompleteGating, ImposedGating
 from dydit_cli.dynamic.routing import BlockRouting, Routing
 from dydit_cli.execution import DenseExecutor, StaticExecutor
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.flops import executed_ratio, macs_of
 
 Side = Callable[..., object]
@@ -80,7 +80,7 @@ def time_forwards(
     )
 
 
-def prepare(model: DynamicTransformer, inputs: Sequence[Inputs]) -> None:
+def prepare(model: DynamicModel, inputs: Sequence[Inputs]) -> None:
     """Plan the schedule of ``inputs``, as sampling does before it begins."""
     model.plan([float(each.timestep[0]) for each in inputs], inputs[0].class_labels)
 
@@ -122,7 +122,7 @@ def _shares(routing: Routing) -> dict[str, Any]:
     }
 
 
-def _difference(model: DynamicTransformer, inputs: Inputs, routing: Routing) -> float:
+def _difference(model: DynamicModel, inputs: Inputs, routing: Routing) -> float:
     """Compact against dense execution of the masks that compact execution decided."""
     gating = ImposedGating(routing)
     compact, _ = model.denoise(*inputs, gating=gating)

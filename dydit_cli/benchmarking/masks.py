@@ -15,7 +15,7 @@ from torch import Tensor
 from dydit_cli.dynamic.geometry import Geometry
 from dydit_cli.errors import DyditError
 from dydit_cli.execution import DenseExecutor
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.flops import attention_macs, mlp_macs
 from dydit_cli.randomness import generator
 
@@ -98,7 +98,7 @@ def case_for_ratio(geometry: Geometry, ratio: float) -> Case:
 
 @torch.no_grad()
 def impose(
-    model: DynamicTransformer,
+    model: DynamicModel,
     case: Case,
     masks: str,
     inputs: Sequence[tuple[Tensor, Tensor, Tensor]],
@@ -170,7 +170,7 @@ def chosen(units: int, on: int, scattered: bool, draws: torch.Generator) -> Tens
 class _TokenShare:
     """A gating that moves each token router to where a share of the tokens is kept, block by block."""
 
-    def __init__(self, model: DynamicTransformer, share: float) -> None:
+    def __init__(self, model: DynamicModel, share: float) -> None:
         self._model = model
         self._share = share
 

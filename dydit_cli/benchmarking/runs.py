@@ -16,7 +16,7 @@ from dydit_cli.benchmarking.masks import Case
 from dydit_cli.benchmarking.report import Row, row_of
 from dydit_cli.benchmarking.subjects import Subject
 from dydit_cli.dynamic.geometry import Geometry
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.flops import macs_of, router_macs
 from dydit_cli.sampling.generate import Batch, generate
 
@@ -67,7 +67,7 @@ def time_runs(
     )
 
 
-def twin_of(model: DynamicTransformer, execution: str) -> DynamicTransformer:
+def twin_of(model: DynamicModel, execution: str) -> DynamicModel:
     """A model of the same weights that runs in its own way, with its own packed weights and plan."""
     # By way of static, so that the executor is new in any case.
     return copy.copy(model).set_execution("static").set_execution(execution)

@@ -18,7 +18,7 @@ from dydit_cli.benchmarking.contest import Contest, Estimate, Progress, synchron
 from dydit_cli.benchmarking.runs import sample_batch, twin_of
 from dydit_cli.benchmarking.settings import BenchSettings
 from dydit_cli.benchmarking.subjects import Inputs, Subject, open_subject, static_config
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.families.registry import family_of
 from dydit_cli.profiling.memory import measure_memory
 from dydit_cli.sampling.samplers import sampler_for
@@ -150,7 +150,7 @@ def serve(
 class _Requests:
     """Answers one request after the other, each for other images."""
 
-    def __init__(self, model: DynamicTransformer, batch: int, steps: int, guidance: float, seed: int) -> None:
+    def __init__(self, model: DynamicModel, batch: int, steps: int, guidance: float, seed: int) -> None:
         self._model = model
         self._options = {"batch": batch, "steps": steps, "guidance": guidance}
         self._next = seed
@@ -193,7 +193,7 @@ def _requests(
         )
 
 
-def _peak(model: DynamicTransformer, batch: int, steps: int, settings: BenchSettings) -> float:
+def _peak(model: DynamicModel, batch: int, steps: int, settings: BenchSettings) -> float:
     """MiB of weights and of a sampling run that begins with nothing packed, which is when most is held."""
     use = measure_memory(
         lambda: sample_batch(model, batch=batch, steps=steps, guidance=settings.guidance, seed=settings.seed),
@@ -202,7 +202,7 @@ def _peak(model: DynamicTransformer, batch: int, steps: int, settings: BenchSett
     return (_weights(model) + use.peak) / MEBI
 
 
-def _weights(model: DynamicTransformer) -> int:
+def _weights(model: DynamicModel) -> int:
     tensors = [*model.parameters(), *model.buffers()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -232,7 +232,7 @@ def _start(load: float | None, plan: float, pack: float, compiling: float | None
     return ColdStart(load, plan, pack, compiling, (load or 0.0) + plan + pack + (compiling or 0.0))
 
 
-def _loaded(subject: Subject, settings: BenchSettings) -> tuple[float | None, DynamicTransformer]:
+def _loaded(subject: Subject, settings: BenchSettings) -> tuple[float | None, DynamicModel]:
     """A model as it comes from its folder, and the seconds that took; a preset has no folder."""
     if subject.folder is None:
         return None, copy.copy(subject.model)
@@ -244,20 +244,20 @@ def _loaded(subject: Subject, settings: BenchSettings) -> tuple[float | None, Dy
     return time.perf_counter() - started, model
 
 
-def _planning(model: DynamicTransformer, schedule: Tensor, inputs: Inputs) -> float:
+def _planning(model: DynamicModel, schedule: Tensor, inputs: Inputs) -> float:
     """Seconds of preparing a schedule; static execution has nothing to prepare."""
     if model.execution == "static":
         return 0.0
     return _seconds(lambda: model.plan(schedule, inputs.class_labels), model)
 
 
-def _first(model: DynamicTransformer, inputs: Inputs) -> float:
+def _first(model: DynamicModel, inputs: Inputs) -> float:
     """Seconds by which a first forward exceeds a later one."""
     first, later = (_seconds(lambda: model(*inputs), model) for _ in range(2))
     return max(0.0, first - later)
 
 
-def _seconds(run: Callable[[], object], model: DynamicTransformer) -> float:
+def _seconds(run: Callable[[], object], model: DynamicModel) -> float:
     started = time.perf_counter()
     run()
     synchronize(model.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 from dydit_cli.artifacts import load_model
 from dydit_cli.benchmarking.masks import Case, case_for_ratio, case_of, impose
 from dydit_cli.benchmarking.settings import BenchSettings
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.families.registry import family_of, preset_named
 from dydit_cli.objectives import Objective, objective_for
 from dydit_cli.profiling.inputs import find_inputs
@@ -51,7 +51,7 @@ class Subject:
         folder: Where the model came from, if from a folder.
     """
 
-    model: DynamicTransformer
+    model: DynamicModel
     title: str
     cases: tuple[Case | None, ...]
     masks: str
@@ -73,7 +73,7 @@ class Subject:
         geometry, device, objective = self.model.geometry, self.model.device, self.objective
         noise = normal(
             self.seed,
-            (batch, geometry.in_channels, geometry.sample_size, geometry.sample_size),
+            (batch, *geometry.sample_shape),
             "bench_noise",
         ).to(device)
         if self.clean is None or self.labels is None:
@@ -160,7 +160,7 @@ def fill(model: torch.nn.Module, seed: int) -> None:
         parameter.copy_(WEIGHT_SCALE * normal(seed, tuple(parameter.shape), "bench_weights", name))
 
 
-def static_config(model: DynamicTransformer) -> dict[str, Any]:
+def static_config(model: DynamicModel) -> dict[str, Any]:
     """What names a model's size."""
     geometry = model.geometry
     return {

@@ -19,7 +19,7 @@ from dydit_cli.cli.progress import progress_bar
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dydit_cli.families.backbone import DynamicTransformer
+    from dydit_cli.families.dynamic_model import DynamicModel
     from dydit_cli.recipe.loading import Recipe
     from dydit_cli.recipe.schema import FinetuneSection
     from dydit_cli.training import FinetuneResult, FineTuning, StepReport
@@ -243,7 +243,7 @@ def leave(run: FineTuning, section: FinetuneSection, request: StopRequest) -> No
     raise SystemExit(TERMINATED)
 
 
-def grid_sampler(recipe: Recipe | None) -> Callable[[DynamicTransformer, int, Path], None]:
+def grid_sampler(recipe: Recipe | None) -> Callable[[DynamicModel, int, Path], None]:
     """How a run draws its sample grids: as the recipe's sample section says, 16 images at most, from the
     same noise every time.
     """
@@ -263,7 +263,7 @@ def grid_sampler(recipe: Recipe | None) -> Callable[[DynamicTransformer, int, Pa
     settings = section.model_dump(include=set(keys)) if section is not None else {}
     settings["num_images"] = min(16, settings.get("num_images", 16))
 
-    def draw(model: DynamicTransformer, step: int, path: Path) -> None:
+    def draw(model: DynamicModel, step: int, path: Path) -> None:
         import torch
 
         from dydit_cli.artifacts import atomic_write

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from dydit_cli.cli.stage import Request
-    from dydit_cli.families.backbone import DynamicTransformer
+    from dydit_cli.families.dynamic_model import DynamicModel
     from dydit_cli.profiling.inputs import Inputs
     from dydit_cli.profiling.latency import LatencyReport
     from dydit_cli.profiling.profile import ProfileReport, ProfileSettings, Progress
@@ -196,7 +196,7 @@ def profile_with_progress(request: Request[ProfileSection]) -> tuple[ProfileRepo
     return report, files
 
 
-def _model(section: ProfileSection, device: torch.device) -> DynamicTransformer:
+def _model(section: ProfileSection, device: torch.device) -> DynamicModel:
     """The folder's model in compact execution, or the preset's in static execution."""
     if section.preset is None:
         from dydit_cli.artifacts import load_model
@@ -229,7 +229,7 @@ def _settings(section: ProfileSection, latency: bool) -> ProfileSettings:
     )
 
 
-def _affordable(section: ProfileSection, model: DynamicTransformer) -> tuple[bool, bool]:
+def _affordable(section: ProfileSection, model: DynamicModel) -> tuple[bool, bool]:
     """Whether to sample and whether to time: as set, but on a CPU not for large models unless it was asked for."""
     from dydit_cli.flops import macs_of
 
@@ -242,7 +242,7 @@ def _affordable(section: ProfileSection, model: DynamicTransformer) -> tuple[boo
 
 
 def _trajectory_ratio(
-    model: DynamicTransformer, sampling: SampleSection | None, seed: int, show: Progress
+    model: DynamicModel, sampling: SampleSection | None, seed: int, show: Progress
 ) -> float:
     """The mean ratio along sampling trajectories: those of the recipe's `sample` section, else 50 steps with guidance 1.5."""
     from dydit_cli.sampling.generate import generate

@@ -29,7 +29,7 @@ from dydit_cli.conversion.verification import Verification, verify
 from dydit_cli.data import open_data
 from dydit_cli.devices import find_device
 from dydit_cli.errors import DyditError, did_you_mean
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.families.family import Family, Hints
 from dydit_cli.families.registry import FAMILIES, family_named
 from dydit_cli.flops import macs_of, ratio_floor
@@ -218,7 +218,7 @@ def _layout_advice(checkpoint: Checkpoint) -> str:
 
 
 def rank(
-    model: DynamicTransformer,
+    model: DynamicModel,
     importance: str,
     *,
     samples: int,
@@ -288,7 +288,7 @@ def _report(
     out: Path,
     family: Family,
     read: Checkpoint,
-    model: DynamicTransformer,
+    model: DynamicModel,
     scores: Importance | None,
     order: UnitOrder,
     verification: Verification,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dydit_cli.conversion.order import UnitOrder
 from dydit_cli.errors import DyditError
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.families.family import Family, Source
 
 OURS = ("_router.", ".head_order", ".channel_order")
@@ -20,7 +20,7 @@ def is_ours(key: str) -> bool:
     return any(part in key for part in OURS)
 
 
-def build_from(family: Family, source: Source, seed: int) -> DynamicTransformer:
+def build_from(family: Family, source: Source, seed: int) -> DynamicModel:
     """Make the dynamic model of a source in fp32, with the source's weights and routers at the paper's start.
 
     Args:
@@ -76,14 +76,14 @@ def check_fit(
 
 
 @torch.no_grad()
-def set_order(model: DynamicTransformer, order: UnitOrder) -> None:
+def set_order(model: DynamicModel, order: UnitOrder) -> None:
     """Write the order of units beside the layers; the weights stay where they are."""
     for block, heads, channels in zip(model.dynamic_blocks, order.heads, order.channels, strict=True):
         block.attn.head_order.copy_(heads)
         block.mlp.channel_order.copy_(channels)
 
 
-def order_of(model: DynamicTransformer) -> UnitOrder:
+def order_of(model: DynamicModel) -> UnitOrder:
     """Read the order that a model holds."""
     heads = torch.stack([block.attn.head_order for block in model.dynamic_blocks])
     channels = torch.stack([block.mlp.channel_order for block in model.dynamic_blocks])

@@ -14,9 +14,8 @@ from dydit_cli.dynamic.gates import CompleteGating, Gating, ImposedGating, Thres
 from dydit_cli.dynamic.routing import Routing
 from dydit_cli.errors import DyditError
 from dydit_cli.execution import CompactExecutor, DenseExecutor, Executor, StaticExecutor
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.objectives import objective_for
-from dydit_cli.randomness import normal
 
 SAMPLES = 4
 TIMESTEPS = 50
@@ -83,9 +82,7 @@ def verify(folder: Path, tensors: Mapping[str, Tensor], seed: int) -> Verificati
     return result
 
 
-def _run(model: DynamicTransformer, executor: Executor, gating: Gating, seed: int) -> tuple[Tensor, Routing]:
-    geometry = model.geometry
-    shape = (SAMPLES, geometry.in_channels, geometry.sample_size, geometry.sample_size)
+def _run(model: DynamicModel, executor: Executor, gating: Gating, seed: int) -> tuple[Tensor, Routing]:
+    sample, condition = model.example_inputs(SAMPLES, seed)
     times = objective_for(model.family).grid(SAMPLES)
-    labels = torch.arange(SAMPLES) % (geometry.num_classes + 1)
-    return model.denoise(normal(seed, shape, "verify"), times, labels, executor=executor, gating=gating)
+    return model.denoise(sample, times, condition, executor=executor, gating=gating)

@@ -1,12 +1,69 @@
 """The two layers whose width is dynamic: parameters in the source's order, and beside them the importance order of their units.
 
-They hold no arithmetic: an executor (`execution/`) decides whether masks are multiplied or weights sliced.
+They hold no arithmetic but that of `Sequences`: an executor (`execution/`) decides whether masks are multiplied or weights sliced.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class WholeSequence:
+    """All tokens of a sample attend to each other."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(B, H, T, C_h) each -> (B, H, T, C_h)."""
+        return F.scaled_dot_product_attention(query, key, value)
+
+
+@dataclass(frozen=True)
+class WithinFrames:
+    """The tokens of a video, frame after frame, attend to those of the same frame.
+
+    Attributes:
+        frames: F; T = F * N.
+    """
+
+    frames: int
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(B, H, T, C_h) each -> (B, H, T, C_h)."""
+        # Heads and frames are both apart in attention, so that one axis may hold both.
+        apart = (part.unflatten(2, (self.frames, -1)).flatten(1, 2) for part in (query, key, value))
+        mixed: Tensor = F.scaled_dot_product_attention(*apart)
+        return mixed.unflatten(1, (-1, self.frames)).flatten(2, 3)
+
+
+@dataclass(frozen=True)
+class AcrossFrames:
+    """The tokens of a video attend to those at the same place in all frames.
+
+    Attributes:
+        frames: F; T = F * N.
+    """
+
+    frames: int
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(B, H, T, C_h) each -> (B, H, T, C_h)."""
+        places = query.shape[2] // self.frames
+        apart = (
+            part.unflatten(2, (self.frames, places)).transpose(2, 3).flatten(1, 2)
+            for part in (query, key, value)
+        )
+        mixed: Tensor = F.scaled_dot_product_attention(*apart)
+        return mixed.unflatten(1, (-1, places)).transpose(2, 3).flatten(2, 3)
+
+
+Sequences = WholeSequence | WithinFrames | AcrossFrames
+"""Which tokens of a sample attend to each other. Everything else of a block works on single tokens."""
+
+WHOLE = WholeSequence()
 
 
 class DynamicAttention(nn.Module):
@@ -15,6 +72,7 @@ class DynamicAttention(nn.Module):
     Args:
         hidden_size: C.
         num_heads: H; C must be a multiple of it.
+        sequences: Which tokens attend to each other.
 
     Attributes:
         head_order: (H,) int64; ``head_order[r]`` is the stored head of rank r.
@@ -22,8 +80,9 @@ class DynamicAttention(nn.Module):
 
     head_order: Tensor
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, sequences: Sequences = WHOLE) -> None:
         super().__init__()
+        self.sequences = sequences
         self.num_heads = num_heads
         self.head_dim = hidden_size // num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)

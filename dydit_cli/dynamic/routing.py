@@ -17,15 +17,23 @@ class BlockRouting:
         heads: (B, H), by rank: index 0 is the most important head.
         groups: (B, G), by rank.
         tokens: (B, N), in the order of the tokens.
+        context_groups: (B, G) of the text stream's own MLP, in blocks that have one.
     """
 
     heads: Tensor
     groups: Tensor
     tokens: Tensor
+    context_groups: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> BlockRouting:
         """Apply ``function`` to each mask."""
-        return BlockRouting(function(self.heads), function(self.groups), function(self.tokens))
+        context = self.context_groups
+        return BlockRouting(
+            function(self.heads),
+            function(self.groups),
+            function(self.tokens),
+            None if context is None else function(context),
+        )
 
 
 @dataclass(frozen=True)

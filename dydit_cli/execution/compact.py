@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dydit_cli.dynamic.gates import Gating, ThresholdGating
-from dydit_cli.dynamic.layers import DynamicAttention, DynamicMlp
+from dydit_cli.dynamic.layers import DynamicAttention
 from dydit_cli.dynamic.routers import TokenRouter
 from dydit_cli.execution.interface import (
     BlockWidth,
     ConditionedModel,
     DynamicBlock,
     Modulation,
+    RoutedBlock,
     StepModulation,
     live_widths,
     modulate,
@@ -136,19 +137,20 @@ class CompactExecutor:
                 self._plan = WidthPlan(gating.keep_bias)
                 return self._plan
             live = live_widths(blocks, model.embed_time(times), gating)
-            actives = [(active_units(width.heads.cpu()), active_units(width.groups.cpu())) for width in live]
+            actives = [[active_units(mask.cpu()) for mask in width.masks] for width in live]
             steps = {
                 t: PlannedStep(
-                    tuple(BlockWidth(w.heads[step : step + 1], w.groups[step : step + 1]) for w in live),
-                    tuple(heads[step] for heads, _ in actives),
-                    tuple(groups[step] for _, groups in actives),
+                    tuple(BlockWidth(*(mask[step : step + 1] for mask in width.masks)) for width in live),
+                    tuple(tuple(units[step] for units in active) for active in actives),
                     step,
                 )
                 for step, t in enumerate(times.tolist())
             }
-            schedule: list[tuple[DynamicAttention | DynamicMlp, list[tuple[int, ...]]]] = []
-            schedule += [(block.attn, heads) for block, (heads, _) in zip(blocks, actives, strict=True)]
-            schedule += [(block.mlp, groups) for block, (_, groups) in zip(blocks, actives, strict=True)]
+            schedule: list[tuple[nn.Module, list[tuple[int, ...]]]] = [
+                (layer, active[place])
+                for block, active in zip(blocks, actives, strict=True)
+                for layer, place in block.sliced_layers()
+            ]
             policies = self._store.arrange(schedule)
             budget = self._table_budget
             if budget is None:
@@ -178,7 +180,7 @@ class CompactExecutor:
             self._store.at(found[0].position)
         if len(found) == 1:
             return found[0].of_batch(batch)
-        return mixed(found, found[0].masks[0].heads.device)
+        return mixed(found, found[0].widths[0].heads.device)
 
     def modulation(
         self, model: ConditionedModel, timesteps: Sequence[float], labels: tuple[int, ...], times: Tensor
@@ -203,7 +205,7 @@ class CompactExecutor:
             self._labels = (weakref.ref(labels), labels._version, found)
         return found
 
-    def _verify(self, blocks: Sequence[DynamicBlock], model: ConditionedModel | None) -> None:
+    def _verify(self, blocks: Sequence[RoutedBlock], model: ConditionedModel | None) -> None:
         """Forget everything if the model is not what it was."""
         roots = [cast(nn.Module, block) for block in blocks]
         if model is not None:
@@ -222,7 +224,7 @@ class CompactExecutor:
         timesteps: Sequence[float],
         keep_bias: float,
         live: Sequence[BlockWidth],
-        actives: Sequence[tuple[Sequence[tuple[int, ...]], Sequence[tuple[int, ...]]]],
+        actives: Sequence[Sequence[Sequence[tuple[int, ...]]]],
     ) -> None:
         plan = self._plan
         if plan is None:
@@ -235,33 +237,26 @@ class CompactExecutor:
             agreed = all(part[row] == part[first] for parts in actives for part in parts for row in rows)
             # A logit on the fence may fall on either side from row to row: then it is asked again.
             if agreed and plan.step(keep_bias, t) is None:
-                masks = tuple(
-                    BlockWidth(
-                        width.heads[first : first + 1].clone(), width.groups[first : first + 1].clone()
-                    )
-                    for width in live
+                widths = tuple(
+                    BlockWidth(*(mask[first : first + 1].clone() for mask in width.masks)) for width in live
                 )
-                heads = tuple(part[first] for part, _ in actives)
-                plan.remember(
-                    keep_bias, t, PlannedStep(masks, heads, tuple(part[first] for _, part in actives))
-                )
+                active = tuple(tuple(part[first] for part in parts) for parts in actives)
+                plan.remember(keep_bias, t, PlannedStep(widths, active))
 
     # ------------------------------------------------------------------ a forward
 
     def widths(
-        self, blocks: Sequence[DynamicBlock], timestep: Tensor, time_embedding: Tensor, gating: Gating
+        self, blocks: Sequence[RoutedBlock], timestep: Tensor, time_embedding: Tensor, gating: Gating
     ) -> Sequence[BlockWidth]:
         """See `Executor`. Asks the routers; a model asks `known` first."""
         self._verify(blocks, None)
         device = time_embedding.device
         live = live_widths(blocks, time_embedding, gating)
         # One transfer to the host for all blocks, not two a block.
-        sizes = [size for width in live for size in (width.heads.shape[1], width.groups.shape[1])]
-        flat = (
-            torch.cat([mask for width in live for mask in (width.heads, width.groups)], dim=1).detach().cpu()
-        )
-        units = [active_units(mask) for mask in flat.split(sizes, dim=1)]
-        actives = list(zip(units[::2], units[1::2], strict=True))
+        masks = [mask for width in live for mask in width.masks]
+        flat = torch.cat(masks, dim=1).detach().cpu()
+        units = iter(flat.split([mask.shape[1] for mask in masks], dim=1))
+        actives = [[active_units(next(units)) for _ in width.masks] for width in live]
         watch, plan = self._watch, self._plan
         # What is remembered by t must have been decided from t, which is known where the embedder is watched.
         if plan is not None and watch is not None and isinstance(gating, ThresholdGating) and len(flat):
@@ -269,13 +264,13 @@ class CompactExecutor:
             if len(watch.roots) > len(blocks):
                 self._remember(timestep.tolist(), gating.keep_bias, live, actives)
         return [
-            CompactWidth(width.heads, width.groups, grouped(heads, device), grouped(groups, device))
-            for width, (heads, groups) in zip(live, actives, strict=True)
+            CompactWidth.of(width.masks, [grouped(units, device) for units in active])
+            for width, active in zip(live, actives, strict=True)
         ]
 
     def _run(
         self,
-        layer: DynamicAttention | DynamicMlp,
+        layer: nn.Module,
         active: tuple[int, ...],
         width: BlockWidth,
         compute: Callable[[Slice], Result],
@@ -301,9 +296,7 @@ class CompactExecutor:
         inputs = modulated(block.norm1(tokens), modulation.shift[:, None], modulation.scale[:, None])
         attention = block.attn
         if len(parts) == 1:
-            update = self._run(
-                attention, parts[0].active, width, partial(self._attention, attention.head_dim, inputs)
-            )
+            update = self._run(attention, parts[0].active, width, partial(self._attention, attention, inputs))
         else:
             update = torch.empty_like(inputs)
             for part in parts:
@@ -311,22 +304,22 @@ class CompactExecutor:
                     attention,
                     part.active,
                     width,
-                    partial(self._attention, attention.head_dim, inputs[part.rows]),
+                    partial(self._attention, attention, inputs[part.rows]),
                 )
                 # Under autocast the result may be of a smaller type than the inputs.
                 update[part.rows] = of_part.to(update.dtype)
         return add_gated(tokens, modulation.gate[:, None], update)
 
     @staticmethod
-    def _attention(head_dim: int, inputs: Tensor, weights: Slice) -> Tensor:
+    def _attention(attention: DynamicAttention, inputs: Tensor, weights: Slice) -> Tensor:
         batch, length, channels = inputs.shape
         if not weights.units:
             return weights.leave_bias.expand(batch, length, channels)
         qkv = F.linear(inputs, weights.entry, weights.entry_bias)
         query, key, value = (
-            qkv.view(batch, length, weights.units, 3, head_dim).permute(3, 0, 2, 1, 4).unbind(0)
+            qkv.view(batch, length, weights.units, 3, attention.head_dim).permute(3, 0, 2, 1, 4).unbind(0)
         )
-        mixed_heads = F.scaled_dot_product_attention(query, key, value)
+        mixed_heads = attention.sequences.attend(query, key, value)
         rows = mixed_heads.transpose(1, 2).reshape(batch * length, -1)
         return torch.addmm(weights.leave_bias, rows, weights.leave).view(batch, length, channels)
 

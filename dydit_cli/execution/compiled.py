@@ -28,6 +28,7 @@ from dydit_cli.dynamic.gates import (
     ImposedGating,
     ThresholdGating,
 )
+from dydit_cli.dynamic.layers import Sequences
 from dydit_cli.errors import DyditError
 from dydit_cli.execution.compact import CompactExecutor
 from dydit_cli.execution.interface import BlockWidth, BranchModulation, DynamicBlock, modulate
@@ -87,6 +88,7 @@ def compact_block(
     offsets: Tensor,
     head_dim: int,
     eps: float,
+    sequences: Sequences,
 ) -> tuple[Tensor, Tensor]:
     """A block over its active units and kept tokens.
 
@@ -100,6 +102,7 @@ def compact_block(
         offsets: (B, N) fp32, added to the token logits; +-inf imposes a decision.
         head_dim: C_h.
         eps: Of LayerNorm.
+        sequences: Which tokens attend to each other; a graph for each kind.
 
     Returns:
         (B, N, C) tokens and the (B, N) fp32 mask of those that entered the MLP.
@@ -111,7 +114,7 @@ def compact_block(
     heads = entry.shape[0]
     qkv = F.linear(inputs, entry.flatten(0, 1), entry_bias.flatten()).view(batch, length, heads, 3, head_dim)
     query, key, value = qkv.permute(3, 0, 2, 1, 4).unbind(0)
-    mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    mixed = sequences.attend(query, key, value).transpose(1, 2)
     attended = plus_bias(mixed.reshape(batch * length, heads * head_dim), leave.flatten(0, 1), leave_bias)
     flat = (tokens + gate[:, None] * attended.view(batch, length, channels)).flatten(0, 1)
 
@@ -136,7 +139,12 @@ def compact_block(
 
 
 def static_block(
-    tokens: Tensor, modulations: Tensor, weights: tuple[Tensor, ...], num_heads: int, eps: float
+    tokens: Tensor,
+    modulations: Tensor,
+    weights: tuple[Tensor, ...],
+    num_heads: int,
+    eps: float,
+    sequences: Sequences,
 ) -> Tensor:
     """The complete block in the original's arithmetic.
 
@@ -146,6 +154,7 @@ def static_block(
         weights: Weight and bias of qkv, output projection, fc1 and fc2.
         num_heads: H.
         eps: Of LayerNorm.
+        sequences: Which tokens attend to each other.
     """
     batch, length, channels = tokens.shape
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulations.chunk(6, dim=1)
@@ -153,7 +162,7 @@ def static_block(
     inputs = modulate(F.layer_norm(tokens, (channels,), eps=eps), shift[:, None], scale[:, None])
     qkv = F.linear(inputs, qkv_weight, qkv_bias).view(batch, length, 3, num_heads, -1)
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    mixed = sequences.attend(query, key, value).transpose(1, 2)
     tokens = tokens + gate[:, None] * F.linear(mixed.reshape(batch, length, channels), proj_weight, proj_bias)
     inputs = modulate(F.layer_norm(tokens, (channels,), eps=eps), mlp_shift[:, None], mlp_scale[:, None])
     hidden = F.gelu(F.linear(inputs, fc1_weight, fc1_bias), approximate="tanh")
@@ -304,7 +313,14 @@ class CompiledCompactExecutor(CompactExecutor, BlockCompiler):
                 return None
             weights = attention_inputs(attention), mlp_inputs(mlp)
             found: tuple[Tensor, Tensor] | None = self._graph(
-                tokens.contiguous(), values, *weights, router, offsets, block.attn.head_dim, block.norm1.eps
+                tokens.contiguous(),
+                values,
+                *weights,
+                router,
+                offsets,
+                block.attn.head_dim,
+                block.norm1.eps,
+                block.attn.sequences,
             )
             return found
 
@@ -350,6 +366,11 @@ class CompiledStaticExecutor(StaticExecutor, BlockCompiler):
         if not runs_in_a_graph(tokens, values, *weights):
             return None
         found: Tensor | None = self._graph(
-            tokens.contiguous(), values, weights, block.attn.num_heads, block.norm1.eps
+            tokens.contiguous(),
+            values,
+            weights,
+            block.attn.num_heads,
+            block.norm1.eps,
+            block.attn.sequences,
         )
         return None if found is None else (found, self.select(block.token_router, tokens, gating, index))

@@ -12,6 +12,7 @@ from dydit_cli.execution.interface import (
     BlockWidth,
     DynamicBlock,
     Modulation,
+    RoutedBlock,
     attention_with,
     live_widths,
     mlp_with,
@@ -25,7 +26,7 @@ class DenseExecutor:
     name = "dense"
 
     def widths(
-        self, blocks: Sequence[DynamicBlock], timestep: Tensor, time_embedding: Tensor, gating: Gating
+        self, blocks: Sequence[RoutedBlock], timestep: Tensor, time_embedding: Tensor, gating: Gating
     ) -> Sequence[BlockWidth]:
         """See `Executor`."""
         return live_widths(blocks, time_embedding, gating)

@@ -55,8 +55,45 @@ def modulate(inputs: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return inputs * (1 + scale) + shift
 
 
-class DynamicBlock(Protocol):
-    """The parts of a block that an executor touches."""
+@dataclass(frozen=True)
+class BlockWidth:
+    """The width of one block in one forward pass: (B, H) and (B, G) masks by rank, always-on units included.
+
+    Attributes:
+        heads: (B, H).
+        groups: (B, G).
+        context_groups: (B, G) of the text stream's own MLP, in blocks that have one.
+    """
+
+    heads: Tensor
+    groups: Tensor
+    context_groups: Tensor | None = None
+
+    @property
+    def masks(self) -> tuple[Tensor, ...]:
+        """Those that the block has, in the order of the fields."""
+        found = (self.heads, self.groups, self.context_groups)
+        return tuple(mask for mask in found if mask is not None)
+
+
+class RoutedBlock(Protocol):
+    """What deciding widths and keeping slices of weights needs of a block of any form."""
+
+    def decide_width(self, time_embedding: Tensor, gating: Gating, index: int) -> BlockWidth:
+        """Ask the width routers of block number ``index``, with the (B, C) timestep embedding."""
+        ...
+
+    def complete_width(self, time_embedding: Tensor) -> BlockWidth:
+        """Everything on, for as many samples as the (B, C) embedding has; no router is asked."""
+        ...
+
+    def sliced_layers(self) -> Sequence[tuple[nn.Module, int]]:
+        """The layers whose weights are sliced, each with the place in `BlockWidth.masks` of the mask that says how."""
+        ...
+
+
+class DynamicBlock(RoutedBlock, Protocol):
+    """The parts of a block of DiT's form that an executor touches."""
 
     attn: DynamicAttention
     mlp: DynamicMlp
@@ -67,21 +104,13 @@ class DynamicBlock(Protocol):
     token_router: TokenRouter
 
 
-@dataclass(frozen=True)
-class BlockWidth:
-    """The width of one block in one forward pass: (B, H) and (B, G) masks by rank, always-on units included."""
-
-    heads: Tensor
-    groups: Tensor
-
-
 class Executor(Protocol):
     """Runs the dynamic layers of a block. A model holds one and hands it to its blocks; the caller chooses which."""
 
     name: str
 
     def widths(
-        self, blocks: Sequence[DynamicBlock], timestep: Tensor, time_embedding: Tensor, gating: Gating
+        self, blocks: Sequence[RoutedBlock], timestep: Tensor, time_embedding: Tensor, gating: Gating
     ) -> Sequence[BlockWidth]:
         """Decide the widths of all blocks from the (B, C) timestep embedding; ``timestep`` (B,) names plan entries."""
         ...
@@ -110,7 +139,7 @@ class ConditionedModel(Protocol):
     """What a plan needs of a model."""
 
     @property
-    def dynamic_blocks(self) -> Sequence[DynamicBlock]:
+    def dynamic_blocks(self) -> Sequence[RoutedBlock]:
         """The blocks in their order."""
         ...
 
@@ -136,7 +165,7 @@ def attention_with(attention: DynamicAttention, inputs: Tensor, head_mask: Tenso
     batch, length, channels = inputs.shape
     qkv = attention.qkv(inputs).view(batch, length, 3, attention.num_heads, attention.head_dim)
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    mixed = F.scaled_dot_product_attention(query, key, value)
+    mixed = attention.sequences.attend(query, key, value)
     if head_mask is not None:
         mixed = mixed * head_mask.to(mixed.dtype)[:, :, None, None]
     projected: Tensor = attention.proj(mixed.transpose(1, 2).reshape(batch, length, channels))
@@ -152,11 +181,6 @@ def mlp_with(mlp: DynamicMlp, inputs: Tensor, channel_mask: Tensor | None) -> Te
     return output
 
 
-def live_widths(blocks: Sequence[DynamicBlock], time_embedding: Tensor, gating: Gating) -> list[BlockWidth]:
+def live_widths(blocks: Sequence[RoutedBlock], time_embedding: Tensor, gating: Gating) -> list[BlockWidth]:
     """Ask every block's width routers."""
-    widths = []
-    for index, block in enumerate(blocks):
-        heads = block.head_router.complete(gating.heads(index, block.head_router(time_embedding)))
-        groups = block.channel_router.complete(gating.groups(index, block.channel_router(time_embedding)))
-        widths.append(BlockWidth(heads, groups))
-    return widths
+    return [block.decide_width(time_embedding, gating, index) for index, block in enumerate(blocks)]

@@ -35,10 +35,29 @@ class Part:
 
 @dataclass(frozen=True)
 class CompactWidth(BlockWidth):
-    """A block's width with its masks read on the host."""
+    """A block's width with its masks read on the host.
 
-    head_parts: tuple[Part, ...]
-    group_parts: tuple[Part, ...]
+    Attributes:
+        parts: Of each of `BlockWidth.masks`, the batch cut into its distinct rows.
+    """
+
+    parts: tuple[tuple[Part, ...], ...] = ()
+
+    @property
+    def head_parts(self) -> tuple[Part, ...]:
+        """The batch by active heads."""
+        return self.parts[0]
+
+    @property
+    def group_parts(self) -> tuple[Part, ...]:
+        """The batch by active groups."""
+        return self.parts[1]
+
+    @classmethod
+    def of(cls, masks: Sequence[Tensor], parts: Sequence[tuple[Part, ...]]) -> CompactWidth:
+        """Of masks in the order of `BlockWidth.masks`, and their parts."""
+        context = masks[2] if len(masks) > 2 else None
+        return cls(masks[0], masks[1], context, tuple(parts))
 
 
 @dataclass(frozen=True)
@@ -46,15 +65,13 @@ class PlannedStep:
     """The widths of all blocks at one timestep.
 
     Attributes:
-        masks: Of each block, (1, H) and (1, G) on the model's device.
-        heads: Of each block, the ranks of the active heads.
-        groups: Of each block, the ranks of the active groups.
+        widths: Of each block, masks of one row on the model's device.
+        active: Of each block, the ranks that are on in each of its masks.
         position: The place in the schedule, or None for a timestep that nobody announced.
     """
 
-    masks: tuple[BlockWidth, ...]
-    heads: tuple[tuple[int, ...], ...]
-    groups: tuple[tuple[int, ...], ...]
+    widths: tuple[BlockWidth, ...]
+    active: tuple[tuple[tuple[int, ...], ...], ...]
     position: int | None = None
     _expanded: dict[int, tuple[CompactWidth, ...]] = field(default_factory=dict, compare=False, repr=False)
 
@@ -63,13 +80,11 @@ class PlannedStep:
         found = self._expanded.get(batch)
         if found is None:
             found = tuple(
-                CompactWidth(
-                    width.heads.expand(batch, -1),
-                    width.groups.expand(batch, -1),
-                    (Part(heads, None),),
-                    (Part(groups, None),),
+                CompactWidth.of(
+                    [mask.expand(batch, -1) for mask in width.masks],
+                    [(Part(units, None),) for units in active],
                 )
-                for width, heads, groups in zip(self.masks, self.heads, self.groups, strict=True)
+                for width, active in zip(self.widths, self.active, strict=True)
             )
             # One batch size at a time is what samplers have.
             self._expanded.clear()
@@ -95,13 +110,11 @@ def grouped(actives: Sequence[tuple[int, ...]], device: torch.device) -> tuple[P
 def mixed(steps: Sequence[PlannedStep], device: torch.device) -> list[CompactWidth]:
     """The widths of a batch with a planned timestep for each sample."""
     return [
-        CompactWidth(
-            torch.cat([step.masks[block].heads for step in steps]),
-            torch.cat([step.masks[block].groups for step in steps]),
-            grouped([step.heads[block] for step in steps], device),
-            grouped([step.groups[block] for step in steps], device),
+        CompactWidth.of(
+            [torch.cat(rows) for rows in zip(*(step.widths[block].masks for step in steps), strict=True)],
+            [grouped(units, device) for units in zip(*(step.active[block] for step in steps), strict=True)],
         )
-        for block in range(len(steps[0].masks))
+        for block in range(len(steps[0].widths))
     ]
 
 

@@ -13,6 +13,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import singledispatch
 from threading import Lock
 
 import torch
@@ -78,6 +79,13 @@ def require_plain(*layers: nn.Module) -> None:
             )
 
 
+@singledispatch
+def pack(layer: nn.Module) -> Slabs:
+    """Pack a layer's weights by unit; each kind of layer whose weights are sliced registers how."""
+    raise TypeError(f"{type(layer).__qualname__} has no units")
+
+
+@pack.register
 def attention_slabs(attention: DynamicAttention) -> Slabs:
     """Pack attention: entry is [H, 3 * C_h, C] (q, k, v of a head side by side), leave is [H, C_h, C]."""
     require_plain(attention.qkv, attention.proj)
@@ -94,6 +102,7 @@ def attention_slabs(attention: DynamicAttention) -> Slabs:
     )
 
 
+@pack.register
 def mlp_slabs(mlp: DynamicMlp) -> Slabs:
     """Pack the MLP: entry is [G, width, C] rows of fc1, leave is [G, width, C] transposed columns of fc2."""
     require_plain(mlp.fc1, mlp.fc2)
@@ -146,9 +155,6 @@ def gathered_slice(slabs: Slabs, active: tuple[int, ...]) -> Slice:
     )
 
 
-DynamicLayer = DynamicAttention | DynamicMlp
-
-
 @dataclass
 class Packed:
     """A layer's slabs in some order of units.
@@ -162,7 +168,7 @@ class Packed:
         lock: Held while slabs move, and while weights are used that may move.
     """
 
-    layer: DynamicLayer
+    layer: nn.Module
     stamp: Stamp
     slabs: Slabs
     order: ActiveUnits
@@ -223,7 +229,7 @@ class SlabStore:
         """Bytes of the slabs."""
         return self._slab_bytes
 
-    def slice(self, layer: DynamicLayer, active: ActiveUnits) -> Slice:
+    def slice(self, layer: nn.Module, active: ActiveUnits) -> Slice:
         """Return the weights of the units with the ascending ranks ``active``, packed again if the layer changed.
 
         Raises:
@@ -233,7 +239,7 @@ class SlabStore:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             return self._slice(self._packed_of(layer), active)
 
-    def ready(self, layer: DynamicLayer, active: ActiveUnits) -> Slice:
+    def ready(self, layer: nn.Module, active: ActiveUnits) -> Slice:
         """The same for a layer that is known to be unchanged since it was packed: no check, and mostly no more than a look-up."""
         key = (id(layer), active)
         found = self._views.get(key)
@@ -248,12 +254,12 @@ class SlabStore:
                 packed = self._packed.get(id(layer)) or self._packed_of(layer)
                 return self._slice(packed, active)
 
-    def moves(self, layer: DynamicLayer) -> bool:
+    def moves(self, layer: nn.Module) -> bool:
         """Whether the layer's slabs change places while a schedule runs, so that they must be `leased`."""
         return id(layer) in self._moving
 
     @contextmanager
-    def leased(self, layer: DynamicLayer, active: ActiveUnits) -> Iterator[Slice]:
+    def leased(self, layer: nn.Module, active: ActiveUnits) -> Iterator[Slice]:
         """`ready` for weights that may move in place once the block is left: nobody moves them before.
 
         Where a gradient is wanted the weights outlive the block, so that they are copied.
@@ -268,7 +274,7 @@ class SlabStore:
                 self._move(packed, target)
             yield prefix_slice(packed.slabs, len(active))
 
-    def arrange(self, schedule: Sequence[tuple[DynamicLayer, Sequence[ActiveUnits]]]) -> Counter[str]:
+    def arrange(self, schedule: Sequence[tuple[nn.Module, Sequence[ActiveUnits]]]) -> Counter[str]:
         """Choose how the masks of a schedule are served, and lay the slabs out for it; later masks are served all the same.
 
         Args:
@@ -315,7 +321,7 @@ class SlabStore:
             self._moving.clear()
             self._slab_bytes = self._slice_bytes = self._period = 0
 
-    def _packed_of(self, layer: DynamicLayer) -> Packed:
+    def _packed_of(self, layer: nn.Module) -> Packed:
         stamp = stamp_of(layer)
         held = self._packed.get(id(layer))
         if held is not None and held.stamp == stamp:
@@ -323,7 +329,7 @@ class SlabStore:
         if held is not None:
             self._forget(id(layer), held.slabs)
             self._moving.discard(id(layer))
-        slabs = attention_slabs(layer) if isinstance(layer, DynamicAttention) else mlp_slabs(layer)
+        slabs = pack(layer)
         packed = Packed(layer, stamp, slabs, tuple(range(len(slabs.entry))))
         self._packed[id(layer)] = packed
         self._slab_bytes += slabs.nbytes

@@ -12,6 +12,7 @@ from dydit_cli.execution.interface import (
     BlockWidth,
     DynamicBlock,
     Modulation,
+    RoutedBlock,
     attention_with,
     mlp_with,
     modulate,
@@ -24,14 +25,10 @@ class StaticExecutor:
     name = "static"
 
     def widths(
-        self, blocks: Sequence[DynamicBlock], timestep: Tensor, time_embedding: Tensor, gating: Gating
+        self, blocks: Sequence[RoutedBlock], timestep: Tensor, time_embedding: Tensor, gating: Gating
     ) -> Sequence[BlockWidth]:
         """See `Executor`."""
-        ones = time_embedding.new_ones(len(time_embedding), 1)
-        return [
-            BlockWidth(ones.expand(-1, block.head_router.units), ones.expand(-1, block.channel_router.units))
-            for block in blocks
-        ]
+        return [block.complete_width(time_embedding) for block in blocks]
 
     def attend(
         self, block: DynamicBlock, tokens: Tensor, modulation: Modulation, width: BlockWidth

@@ -15,7 +15,7 @@ from dydit_cli.export.identity_vae import IdentityAutoencoder
 from dydit_cli.export.inline import inline
 from dydit_cli.export.registration import MODULE
 from dydit_cli.export.vae import Vae
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.families.family import ObjectiveKind
 from dydit_cli.families.registry import family_of
 
@@ -26,7 +26,7 @@ TRANSFORMER = "transformer"
 CODE = f"{MODULE}.py"
 
 
-def is_pixel_space(model: DynamicTransformer) -> bool:
+def is_pixel_space(model: DynamicModel) -> bool:
     """Whether a model draws pixels, and needs no autoencoder."""
     return model.geometry.in_channels in PIXEL_CHANNELS
 
@@ -61,7 +61,7 @@ def scheduler_for(objective: ObjectiveKind) -> SchedulerMixin:
     )
 
 
-def pipeline_model(model: DynamicTransformer) -> DynamicTransformer:
+def pipeline_model(model: DynamicModel) -> DynamicModel:
     """The same weights in the class that stock pipelines drive; they are shared, not copied."""
     arguments = {name: value for name, value in model.config.items() if not name.startswith("_")}
     with torch.device("meta"):
@@ -71,7 +71,7 @@ def pipeline_model(model: DynamicTransformer) -> DynamicTransformer:
 
 
 def write_pipeline(
-    model: DynamicTransformer,
+    model: DynamicModel,
     folder: Path,
     *,
     vae: Vae | None,

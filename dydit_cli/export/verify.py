@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dydit_cli.errors import DyditError
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.families.registry import family_of
 from dydit_cli.randomness import normal
 
@@ -24,7 +24,7 @@ CHECKED = "dydit_export_check"
 
 
 @torch.no_grad()
-def reload_difference(source: DynamicTransformer, transformer: Path, code: Path) -> float:
+def reload_difference(source: DynamicModel, transformer: Path, code: Path) -> float:
     """Load an exported transformer with its shipped code and compare it with its source.
 
     Args:
@@ -57,7 +57,7 @@ def reload_difference(source: DynamicTransformer, transformer: Path, code: Path)
     return difference
 
 
-def _as_pipelines_see_it(model: DynamicTransformer, noise: Tensor, times: Tensor, labels: Tensor) -> Tensor:
+def _as_pipelines_see_it(model: DynamicModel, noise: Tensor, times: Tensor, labels: Tensor) -> Tensor:
     """The prediction in the convention of diffusers' schedulers: for flows t = 1 - timestep / 1000, towards the noise."""
     if family_of(model).objective == "flow":
         velocity: Tensor = model(noise, 1 - times / 1000, labels, return_dict=False)[0]

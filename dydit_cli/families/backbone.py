@@ -6,30 +6,19 @@ masks; both come from outside.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, cast
+from collections.abc import Sequence
+from typing import ClassVar, cast
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from dydit_cli.dynamic.gates import CompleteGating, Gating, ThresholdGating
+from dydit_cli.dynamic.gates import Gating, ThresholdGating
 from dydit_cli.dynamic.geometry import Geometry
-from dydit_cli.dynamic.routing import BlockRouting, Routing
+from dydit_cli.dynamic.routing import Routing
 from dydit_cli.errors import DyditError
-from dydit_cli.execution import (
-    BlockWidth,
-    CompactExecutor,
-    DenseExecutor,
-    Executor,
-    StepModulation,
-    WidthPlan,
-    executor_named,
-)
-from dydit_cli.execution.compiled import BlockCompiler
+from dydit_cli.execution import BlockWidth, CompactExecutor, Executor, StepModulation
 from dydit_cli.families.blocks import (
     DynamicDiTBlock,
     FinalLayer,
@@ -37,9 +26,11 @@ from dydit_cli.families.blocks import (
     PatchEmbedder,
     TimestepEmbedder,
 )
+from dydit_cli.families.dynamic_model import DynamicModel, routed
+from dydit_cli.randomness import normal
 
 
-class DynamicTransformer(ModelMixin, ConfigMixin):
+class DynamicTransformer(DynamicModel):
     """A class-conditional diffusion transformer with dynamic width and tokens.
 
     Args:
@@ -60,7 +51,6 @@ class DynamicTransformer(ModelMixin, ConfigMixin):
         DyditError: If the numbers do not fit together.
     """
 
-    family: ClassVar[str] = ""
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["DynamicDiTBlock"]
 
@@ -117,16 +107,7 @@ class DynamicTransformer(ModelMixin, ConfigMixin):
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, computed)
         self.gradient_checkpointing = False
-        self.keep_bias = 0.0
-        self._executor: Executor = DenseExecutor()
-
-    @classmethod
-    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
-        """Load as diffusers does, in eval mode, and run compactly: who loads a model wants it fast, who trains it says so."""
-        loaded = super().from_pretrained(*arguments, **options)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.set_execution("compact")
-        return loaded
+        self.begin_dynamic()
 
     def channels_returned(self, computed: int) -> int:
         """How many of the final layer's channels a forward returns."""
@@ -136,88 +117,6 @@ class DynamicTransformer(ModelMixin, ConfigMixin):
     def dynamic_blocks(self) -> list[DynamicDiTBlock]:
         """The blocks in their order, with their type."""
         return cast(list[DynamicDiTBlock], list(self.blocks))
-
-    # ------------------------------------------------------------------ routing and execution
-
-    @property
-    def execution(self) -> str:
-        """Name of the executor that `forward` uses: ``dense``, ``compact`` or ``static``."""
-        return self._executor.name
-
-    @property
-    def is_compiled(self) -> bool:
-        """Whether `forward` runs compiled blocks."""
-        return isinstance(self._executor, BlockCompiler)
-
-    def set_execution(self, name: str, compile: bool = False) -> DynamicTransformer:  # noqa: A002
-        """Choose how `forward` runs: ``compact`` (inference), ``dense`` (masks multiplied) or ``static`` (complete model).
-
-        Args:
-            name: Which.
-            compile: Whether blocks are compiled with `torch.compile`, at their first forward; for compact and static execution.
-
-        Raises:
-            DyditError: For another name, and for dense execution compiled.
-        """
-        if (name, compile) != (self.execution, self.is_compiled):
-            self._executor = executor_named(name, compile)
-        return self
-
-    def set_keep_bias(self, keep_bias: float) -> DynamicTransformer:
-        """Add ``keep_bias`` to all router logits of later forwards: more is kept above 0, less below; +inf keeps everything.
-
-        Raises:
-            DyditError: If it is no number.
-        """
-        if math.isnan(keep_bias):
-            raise DyditError(
-                "keep_bias is not a number.",
-                why="No logit is above it, so that everything would be switched off.",
-                fix="Pass 0 for the model as it is, or a larger number to keep more.",
-            )
-        self.keep_bias = float(keep_bias)
-        return self
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicTransformer:
-        """Cast or move; copies that compact execution made of the old tensors are freed with them."""
-        if isinstance(self._executor, CompactExecutor):
-            self._executor.release()
-        super()._apply(fn, recurse)
-        return self
-
-    def plan(
-        self, timesteps: Tensor | Sequence[float], class_labels: Tensor | Sequence[int] | None = None
-    ) -> WidthPlan:
-        """Prepare a schedule: later compact forwards at these timesteps ask no width router and copy few weights or none.
-
-        Results are those without a plan, up to rounding.
-
-        Args:
-            timesteps: Values of t as `forward` will receive them, in the order in which it will.
-            class_labels: The labels of the images to come, the null class among them if guidance is used. With them, the adaLN
-                values of the whole schedule are computed at once, as far as they fit into the executor's budget.
-
-        Returns:
-            The plan; its ``hits`` and ``misses`` count later forwards. Switches the execution to compact.
-        """
-        if self.execution != "compact":
-            self.set_execution("compact")
-        executor = self._executor
-        if not isinstance(executor, CompactExecutor):
-            raise DyditError(
-                f"A plan belongs to compact execution, not to '{executor.name}'.",
-                why="Dense and static execution compute everything, so that there is nothing to plan.",
-                fix="Call model.set_execution('compact') first.",
-            )
-        values = torch.as_tensor(timesteps, device=self.device).flatten()
-        labels = [] if class_labels is None else torch.as_tensor(class_labels).flatten().tolist()
-        known = [min(int(label), self.geometry.num_classes) for label in labels]
-        return executor.make_plan(self, values, known, ThresholdGating(self.keep_bias))
-
-    @property
-    def current_plan(self) -> WidthPlan | None:
-        """The plan in use: that of `plan`, or one that has grown from the timesteps that were seen; None without either."""
-        return self._executor.plan if isinstance(self._executor, CompactExecutor) else None
 
     def conditioning_modules(self) -> list[nn.Module]:
         """See `ConditionedModel`."""
@@ -238,56 +137,20 @@ class DynamicTransformer(ModelMixin, ConfigMixin):
         layers = [block.adaLN_modulation for block in self.dynamic_blocks]
         return torch.cat([layer(condition) for layer in (*layers, self.final_layer.adaLN_modulation)], dim=1)
 
-    @torch.no_grad()
-    def routing(
-        self,
-        timestep: Tensor | float,
-        hidden_states: Tensor | None = None,
-        class_labels: Tensor | None = None,
-    ) -> Routing:
-        """What would be executed at evaluation, without noise.
-
-        Args:
-            timestep: (B,) or a number.
-            hidden_states: (B, C_in, h, w); without it the token masks, which depend on the image, are all ones.
-            class_labels: (B,); the null class without it.
-
-        Returns:
-            Masks by rank; a static model's are all ones.
-        """
-        gating: Gating = CompleteGating() if self.execution == "static" else ThresholdGating(self.keep_bias)
-        if hidden_states is not None:
-            labels = class_labels if class_labels is not None else self.null_labels(len(hidden_states))
-            _, routing = self.denoise(
-                hidden_states, timestep, labels, executor=DenseExecutor(), gating=gating
-            )
-            return routing
-        times = self.native_timestep(torch.as_tensor(timestep, device=self.device).reshape(-1))
-        widths = DenseExecutor().widths(self.dynamic_blocks, times, self.t_embedder(times), gating)
-        ones = torch.ones(len(times), self.geometry.num_tokens, device=self.device)
-        return Routing(tuple(BlockRouting(width.heads, width.groups, ones) for width in widths))
-
-    def router_parameters(self) -> list[nn.Parameter]:
-        """Parameters of all routers."""
-        return [parameter for name, parameter in self.named_parameters() if "_router." in name]
-
-    def backbone_parameters(self) -> list[nn.Parameter]:
-        """Trainable parameters of the static model."""
-        return [
-            parameter
-            for name, parameter in self.named_parameters()
-            if "_router." not in name and not name.startswith("pos_embed")
-        ]
-
     # ------------------------------------------------------------------ forward
+
+    def example_inputs(self, batch: int, seed: int) -> tuple[Tensor, Tensor]:
+        """See `DynamicModel`."""
+        labels = torch.arange(batch) % (self.geometry.num_classes + 1)
+        return normal(seed, (batch, *self.geometry.sample_shape), "example"), labels
+
+    def null_condition(self, batch: int) -> Tensor:
+        """(B,) labels of the null class."""
+        return torch.full((batch,), self.geometry.num_classes, device=self.device)
 
     def native_timestep(self, timestep: Tensor) -> Tensor:
         """Turn the caller's t into the embedder's."""
         return timestep
-
-    def null_labels(self, batch: int) -> Tensor:
-        """(B,) labels of the null class."""
-        return torch.full((batch,), self.geometry.num_classes, device=self.device)
 
     def forward(
         self,
@@ -307,7 +170,7 @@ class DynamicTransformer(ModelMixin, ConfigMixin):
         Returns:
             (B, C_out, h, w) as ``sample``, or in a tuple.
         """
-        labels = class_labels if class_labels is not None else self.null_labels(len(hidden_states))
+        labels = class_labels if class_labels is not None else self.null_condition(len(hidden_states))
         sample, _ = self.denoise(
             hidden_states, timestep, labels, executor=self._executor, gating=ThresholdGating(self.keep_bias)
         )
@@ -317,7 +180,7 @@ class DynamicTransformer(ModelMixin, ConfigMixin):
         self,
         hidden_states: Tensor,
         timestep: Tensor | float,
-        class_labels: Tensor,
+        condition: Tensor,
         *,
         executor: Executor | None = None,
         gating: Gating | None = None,
@@ -327,7 +190,7 @@ class DynamicTransformer(ModelMixin, ConfigMixin):
         Args:
             hidden_states: (B, C_in, h, w).
             timestep: (B,) or a number.
-            class_labels: (B,) integers.
+            condition: (B,) integers, the class labels.
             executor: How masks become arithmetic; the model's own by default.
             gating: How logits become masks; thresholds with the model's ``keep_bias`` by default.
 
@@ -351,26 +214,26 @@ class DynamicTransformer(ModelMixin, ConfigMixin):
             widths = executor.known(self, values, batch, gating)
             # Values that were computed beforehand have no gradient, and not the types of autocast.
             if batch and not torch.is_grad_enabled() and not torch.is_autocast_enabled(device.type):
-                labels = executor.labels_of(class_labels, self.geometry.num_classes)
+                labels = executor.labels_of(condition, self.geometry.num_classes)
                 modulation = executor.modulation(self, values, labels, times)
-        condition: Tensor | None = None
+        embedded: Tensor | None = None
         if widths is None or modulation is None:
             time_embedding = self.embed_time(times)
             if modulation is None:
-                condition = time_embedding + self.y_embedder(class_labels)
+                embedded = time_embedding + self.y_embedder(condition)
             if widths is None:
                 widths = executor.widths(self.dynamic_blocks, times, time_embedding, gating)
         decided = []
         for index, (block, width) in enumerate(zip(self.dynamic_blocks, widths, strict=True)):
             of_block = modulation.blocks[index] if modulation is not None else None
-            arguments = (tokens, condition, width, executor, gating, index, of_block)
+            arguments = (tokens, embedded, width, executor, gating, index, of_block)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens, keep = self._gradient_checkpointing_func(block, *arguments)
             else:
                 tokens, keep = block(*arguments)
-            decided.append(BlockRouting(width.heads, width.groups, keep))
+            decided.append(routed(width, keep))
         final = modulation.final if modulation is not None else None
-        sample = self._unpatchify(self.final_layer(tokens, condition, final))
+        sample = self._unpatchify(self.final_layer(tokens, embedded, final))
         return self.native_prediction(sample), Routing(tuple(decided))
 
     def native_prediction(self, sample: Tensor) -> Tensor:

@@ -108,6 +108,28 @@ class DynamicDiTBlock(nn.Module):
         self.channel_router = ChannelRouter(hidden_size, num_groups, always_on)
         self.token_router = TokenRouter(hidden_size)
 
+    def decide_width(self, time_embedding: Tensor, gating: Gating, index: int) -> BlockWidth:
+        """See `RoutedBlock`."""
+        heads, groups = self.head_router, self.channel_router
+        return BlockWidth(
+            heads.complete(gating.heads(index, heads(time_embedding))),
+            groups.complete(gating.groups(index, groups(time_embedding))),
+        )
+
+    def complete_width(self, time_embedding: Tensor) -> BlockWidth:
+        """See `RoutedBlock`."""
+        ones = time_embedding.new_ones(len(time_embedding), 1)
+        return BlockWidth(ones.expand(-1, self.head_router.units), ones.expand(-1, self.channel_router.units))
+
+    def sliced_layers(self) -> tuple[tuple[nn.Module, int], ...]:
+        """See `RoutedBlock`."""
+        return (self.attn, 0), (self.mlp, 1)
+
+    def reset_routers(self) -> None:
+        """Give the routers the paper's start: xavier weights, biases at which everything is on."""
+        for router in (self.head_router, self.channel_router, self.token_router):
+            router.reset_parameters()
+
     def forward(
         self,
         tokens: Tensor,

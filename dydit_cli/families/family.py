@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 
 ObjectiveKind = Literal["diffusion", "flow"]
 
@@ -63,24 +63,22 @@ class Family:
     title: str
     reference_url: str
     objective: ObjectiveKind
-    model_class: type[DynamicTransformer]
-    pipeline_class: type[DynamicTransformer]
+    model_class: type[DynamicModel]
+    pipeline_class: type[DynamicModel]
     presets: Mapping[str, Mapping[str, Any]]
     recognises: Callable[[Mapping[str, Tensor]], bool]
     read: Callable[[Mapping[str, Tensor], Hints], Source]
     write: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
-    def build(self, config: Mapping[str, Any]) -> DynamicTransformer:
+    def build(self, config: Mapping[str, Any]) -> DynamicModel:
         """Make a model with unset weights of a configuration, routers at the paper's start."""
         model = self.model_class(**config)
         reset_routers(model)
         return model
 
 
-def reset_routers(model: DynamicTransformer) -> None:
+def reset_routers(model: DynamicModel) -> None:
     """Give every router the paper's start: xavier weights, biases at which everything is on."""
     with torch.no_grad():
         for block in model.dynamic_blocks:
-            block.head_router.reset_parameters()
-            block.channel_router.reset_parameters()
-            block.token_router.reset_parameters()
+            block.reset_routers()

@@ -7,8 +7,8 @@ from typing import Any
 
 from dydit_cli.errors import DyditError, did_you_mean
 from dydit_cli.families import original_dit
-from dydit_cli.families.backbone import DynamicTransformer
 from dydit_cli.families.dit import DyDiTTransformer2DModel
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.families.family import Family
 from dydit_cli.families.sit import DySiTPipelineTransformer2DModel, DySiTTransformer2DModel
 
@@ -83,12 +83,12 @@ def family_named(name: str) -> Family:
     )
 
 
-def family_of(model: DynamicTransformer) -> Family:
+def family_of(model: DynamicModel) -> Family:
     """Return the family of a model."""
     return family_named(model.family)
 
 
-def class_named(name: str) -> type[DynamicTransformer] | None:
+def class_named(name: str) -> type[DynamicModel] | None:
     """Return the model class with the name that a ``config.json`` records, or None."""
     classes = {
         cls.__name__: cls for family in FAMILIES for cls in (family.model_class, family.pipeline_class)

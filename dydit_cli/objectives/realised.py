@@ -15,7 +15,7 @@ from torch import Tensor
 from dydit_cli.data.source import Source
 from dydit_cli.dynamic.gates import ThresholdGating
 from dydit_cli.execution import Executor
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.flops import executed_ratio
 from dydit_cli.objectives.draws import BATCH_SIZE, IMAGES, TIMESTEPS, HeldOutDraws
 from dydit_cli.objectives.objective import Objective
@@ -65,7 +65,7 @@ class RatioReport:
 
 @torch.no_grad()
 def measure(
-    model: DynamicTransformer,
+    model: DynamicModel,
     draws: HeldOutDraws,
     *,
     executor: Executor | None = None,
@@ -113,7 +113,7 @@ def measure(
 
 
 def held_out_ratio(
-    model: DynamicTransformer,
+    model: DynamicModel,
     source: Source,
     objective: Objective,
     *,
@@ -131,7 +131,7 @@ def held_out_ratio(
 
 
 def held_out_loss(
-    model: DynamicTransformer,
+    model: DynamicModel,
     source: Source,
     objective: Objective,
     *,

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dydit_cli.dynamic.gates import CompleteGating, Gating, ImposedGating
 from dydit_cli.dynamic.routing import Routing
 from dydit_cli.execution import CompactExecutor, Executor, StaticExecutor
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.flops import macs_of
 
 AGREEMENT = 1e-3
@@ -93,7 +93,7 @@ class ImposedForward(nn.Module):
         gating: How logits become masks; `ImposedGating` runs a given routing.
     """
 
-    def __init__(self, model: DynamicTransformer, executor: Executor, gating: Gating) -> None:
+    def __init__(self, model: DynamicModel, executor: Executor, gating: Gating) -> None:
         super().__init__()
         self.model = model
         self.executor = executor
@@ -109,7 +109,7 @@ class ImposedForward(nn.Module):
 
 
 def count_static(
-    model: DynamicTransformer, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor
+    model: DynamicModel, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor
 ) -> CountedMacs:
     """Count the complete model without routers.
 
@@ -124,7 +124,7 @@ def count_static(
 
 
 def count_compact(
-    model: DynamicTransformer, routing: Routing, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor
+    model: DynamicModel, routing: Routing, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor
 ) -> CountedMacs:
     """Count compact execution of ``routing``, routers included.
 

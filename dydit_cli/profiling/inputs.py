@@ -115,7 +115,7 @@ class NoiseSource:
     """
 
     def __init__(self, geometry: Geometry, samples: int, seed: int) -> None:
-        self._shape = (geometry.in_channels, geometry.sample_size, geometry.sample_size)
+        self._shape = geometry.sample_shape
         self._seed = seed
         self.labels = torch.randint(
             geometry.num_classes, (samples,), generator=generator(seed, "noise_labels")

@@ -19,7 +19,7 @@ from torch import Tensor
 from dydit_cli.artifacts.manifest import device_description
 from dydit_cli.dynamic.gates import CompleteGating
 from dydit_cli.execution import CompiledStaticExecutor, DenseExecutor, StaticExecutor
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.objectives import Objective
 from dydit_cli.profiling.memory import measure_memory
 from dydit_cli.profiling.timing import interleaved, paired_ratio
@@ -75,7 +75,7 @@ class LatencyReport:
 
 @torch.no_grad()
 def measure_latency(
-    model: DynamicTransformer,
+    model: DynamicModel,
     objective: Objective,
     clean: Tensor,
     labels: Tensor,

@@ -15,7 +15,7 @@ import torch
 from dydit_cli.artifacts.manifest import versions
 from dydit_cli.dynamic.gates import ThresholdGating
 from dydit_cli.execution import CompactExecutor
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.families.registry import family_of
 from dydit_cli.flops import macs_of, ratio_floor, router_macs
 from dydit_cli.objectives import HeldOutDraws, Objective, objective_for
@@ -158,7 +158,7 @@ class ProfileReport:
 
 
 def profile(
-    model: DynamicTransformer,
+    model: DynamicModel,
     settings: ProfileSettings | None = None,
     *,
     inputs: Inputs | None = None,
@@ -240,13 +240,13 @@ def profile(
     )
 
 
-def _parameters(model: DynamicTransformer) -> Parameters:
+def _parameters(model: DynamicModel) -> Parameters:
     total = sum(parameter.numel() for parameter in model.parameters())
     routers = sum(parameter.numel() for parameter in model.router_parameters())
     return Parameters(total, routers, total - routers)
 
 
-def _everything(model: DynamicTransformer, objective: Objective, timesteps: int) -> Executed:
+def _everything(model: DynamicModel, objective: Objective, timesteps: int) -> Executed:
     """What the complete model executes, which needs no measuring."""
     complete, depth = macs_of(model.geometry), model.geometry.depth
     grid = objective.grid(timesteps)
@@ -266,13 +266,11 @@ def _everything(model: DynamicTransformer, objective: Objective, timesteps: int)
     )
 
 
-def _samples(
-    model: DynamicTransformer, inputs: Inputs | None, count: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _samples(model: DynamicModel, inputs: Inputs | None, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, C, h, w) and (B,) samples for counting and timing; repeated where there are fewer, zeros where there are none."""
     geometry = model.geometry
     if inputs is None:
-        shape = (count, geometry.in_channels, geometry.sample_size, geometry.sample_size)
+        shape = (count, *geometry.sample_shape)
         return torch.zeros(shape), torch.zeros(count, dtype=torch.long)
     chosen = [index % len(inputs.source) for index in range(count)]
     return inputs.source.batch(chosen), inputs.source.labels[chosen]
@@ -280,7 +278,7 @@ def _samples(
 
 @torch.no_grad()
 def _counted(
-    model: DynamicTransformer,
+    model: DynamicModel,
     objective: Objective,
     clean: torch.Tensor,
     labels: torch.Tensor,

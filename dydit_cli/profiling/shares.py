@@ -15,7 +15,7 @@ from dydit_cli.dynamic.gates import CompleteGating, Gating, ThresholdGating
 from dydit_cli.dynamic.geometry import Geometry
 from dydit_cli.dynamic.routing import Routing
 from dydit_cli.execution import CompactExecutor, Executor, StaticExecutor
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.flops import executed_ratio, macs_of
 from dydit_cli.objectives import HeldOutBatch, HeldOutDraws, Objective
 
@@ -91,7 +91,7 @@ class _Rows:
 
 @torch.no_grad()
 def measure_shares(
-    model: DynamicTransformer,
+    model: DynamicModel,
     draws: HeldOutDraws,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Executed:
@@ -118,7 +118,7 @@ def measure_shares(
 
 
 def _decisions(
-    model: DynamicTransformer, objective: Objective, batch: HeldOutBatch, executor: Executor, gating: Gating
+    model: DynamicModel, objective: Objective, batch: HeldOutBatch, executor: Executor, gating: Gating
 ) -> Routing:
     noisy = objective.noised(batch.clean, batch.noise, batch.t)
     _, routing = model.denoise(noisy, batch.t, batch.labels, executor=executor, gating=gating)

@@ -10,7 +10,7 @@ from torch import Tensor
 from dydit_cli.data import Source
 from dydit_cli.dynamic.gates import ThresholdGating
 from dydit_cli.execution import CompactExecutor
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.objectives import Objective
 from dydit_cli.randomness import normal
 
@@ -37,7 +37,7 @@ class TokenMaps:
 
 
 @torch.no_grad()
-def token_maps(model: DynamicTransformer, source: Source, objective: Objective, seed: int = 0) -> TokenMaps:
+def token_maps(model: DynamicModel, source: Source, objective: Objective, seed: int = 0) -> TokenMaps:
     """Run a few samples of distinct classes through a model and note which tokens it keeps.
 
     Args:

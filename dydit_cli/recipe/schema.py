@@ -77,7 +77,7 @@ class ConvertSection(Section):
 
     checkpoint: Location
     out: OutFolder
-    family: Literal["auto", "dit", "sit"] = "auto"
+    family: Text = "auto"
     num_heads: Count | None = None
     num_groups: Count | None = None
     grouping: Literal["sorted", "contiguous"] = "sorted"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dydit_cli.errors import DyditError
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.families.registry import family_of
 from dydit_cli.sampling.determinism import deterministic_kernels
 from dydit_cli.sampling.guidance import Guidance, GuidedField
@@ -147,7 +147,7 @@ def check_settings(
 
 
 def generate(
-    model: DynamicTransformer,
+    model: DynamicModel,
     *,
     classes: Sequence[int] | None = None,
     num_images: int = 8,
@@ -198,15 +198,13 @@ def generate(
     return _generated(model, settings, on_progress or (lambda done: None))
 
 
-def _generated(
-    model: DynamicTransformer, settings: GenerationSettings, on_progress: Progress
-) -> Iterator[Batch]:
+def _generated(model: DynamicModel, settings: GenerationSettings, on_progress: Progress) -> Iterator[Batch]:
     sampler = settings.sampler
     if model.execution == "compact" and sampler.times is not None:
         # The width routers read t alone: the whole schedule is decided in one call, and no step asks them again.
         model.plan(sampler.times(settings.steps), settings.labels_of_run(model.geometry.num_classes))
     geometry = model.geometry
-    shape = (geometry.in_channels, geometry.sample_size, geometry.sample_size)
+    shape = geometry.sample_shape
     for indices in settings.batches():
         labels = tuple(settings.label(index) for index in indices)
         field = GuidedField(model, torch.tensor(labels, device=model.device), settings.guidance)
@@ -222,7 +220,7 @@ def _generated(
         yield Batch(indices, labels, sample, field.meter.mean(len(indices)), field.meter.evaluations)
 
 
-def _check_finite(samples: Tensor, indices: tuple[int, ...], model: DynamicTransformer) -> None:
+def _check_finite(samples: Tensor, indices: tuple[int, ...], model: DynamicModel) -> None:
     finite = torch.isfinite(samples).flatten(1).all(dim=1)
     if bool(finite.all()):
         return

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dydit_cli.dynamic.gates import FrozenWidthGating, ThresholdGating
 from dydit_cli.dynamic.routing import Routing
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.flops import executed_ratio
 
 GUIDED_FIRST = 3
@@ -84,7 +84,7 @@ class GuidedField:
         widths: Imposed widths of one sample, for all; None asks the routers.
     """
 
-    model: DynamicTransformer
+    model: DynamicModel
     labels: Tensor
     guidance: Guidance
     meter: RatioMeter = field(default_factory=RatioMeter)

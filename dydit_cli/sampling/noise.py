@@ -21,13 +21,13 @@ class ImageNoise:
     Attributes:
         seed: Seed of the run.
         indices: Global indices of the images.
-        shape: (C, h, w) of one image or latent.
+        shape: Of one image, video or latent.
         device: Where the numbers are needed.
     """
 
     seed: int
     indices: tuple[int, ...]
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     device: torch.device
 
     def start(self) -> Tensor:

@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 
 
 class MovingAverage:
@@ -18,7 +18,7 @@ class MovingAverage:
             soon forgotten.
     """
 
-    def __init__(self, model: DynamicTransformer, decay: float) -> None:
+    def __init__(self, model: DynamicModel, decay: float) -> None:
         self.decay = decay
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         # Gathers tokens and slices weights, so that evaluation and sampling cost what the user will pay.
@@ -29,7 +29,7 @@ class MovingAverage:
         return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
-    def update(self, model: DynamicTransformer, step: int) -> None:
+    def update(self, model: DynamicModel, step: int) -> None:
         """Move every parameter towards the model's after the (0-based) ``step``."""
         weight = 1 - self.decay_at(step)
         for average, value in zip(self.model.parameters(), model.parameters(), strict=True):

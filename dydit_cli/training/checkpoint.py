@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from dydit_cli.artifacts import artifact_folder, write_json
 from dydit_cli.errors import DyditError
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.training.average import MovingAverage
 from dydit_cli.training.optimiser import load_state_by_name, state_by_name
 
@@ -39,7 +39,7 @@ class Training:
         scaler: The loss scaler of fp16, or None.
     """
 
-    model: DynamicTransformer
+    model: DynamicModel
     average: MovingAverage
     optimiser: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None

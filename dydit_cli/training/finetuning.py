@@ -21,7 +21,7 @@ from dydit_cli.artifacts.manifest import device_description, versions
 from dydit_cli.data import Batch, DataSplit, TrainingBatches, open_data
 from dydit_cli.devices import find_device
 from dydit_cli.errors import DyditError
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.flops import ratio_floor
 from dydit_cli.objectives import HeldOutDraws, RatioReport, measure, objective_for
 from dydit_cli.objectives.draws import IMAGES
@@ -36,7 +36,7 @@ from dydit_cli.training.run_folder import RunFolder, check_free, recipe_text, sa
 from dydit_cli.training.schedule import target_at
 from dydit_cli.training.step import Denoiser, StepLoss, draw, step_loss
 
-Sampler = Callable[[DynamicTransformer, int, Path], None]
+Sampler = Callable[[DynamicModel, int, Path], None]
 """Draws a sample grid with the moving average: (model, step, file to write)."""
 
 
@@ -90,7 +90,7 @@ class FineTuning:
     def __init__(
         self,
         settings: FinetuneSection,
-        model: DynamicTransformer,
+        model: DynamicModel,
         data: DataSplit,
         device: torch.device,
         recipe_yaml: str,
@@ -341,7 +341,7 @@ def _newest(settings: FinetuneSection) -> Checkpoint:
     return found[-1]
 
 
-def _check_target(settings: FinetuneSection, model: DynamicTransformer) -> None:
+def _check_target(settings: FinetuneSection, model: DynamicModel) -> None:
     floor = ratio_floor(model.geometry)
     if settings.target_ratio < floor:
         raise DyditError(

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 
 
 def make_optimiser(
-    model: DynamicTransformer, *, learning_rate: float, router_learning_rate: float, weight_decay: float
+    model: DynamicModel, *, learning_rate: float, router_learning_rate: float, weight_decay: float
 ) -> torch.optim.AdamW:
     """AdamW over what requires a gradient; frozen routers (the static control) have no group."""
     groups: list[dict[str, Any]] = [
@@ -21,7 +21,7 @@ def make_optimiser(
     return torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
 
 
-def state_by_name(optimiser: torch.optim.Optimizer, model: DynamicTransformer) -> dict[str, torch.Tensor]:
+def state_by_name(optimiser: torch.optim.Optimizer, model: DynamicModel) -> dict[str, torch.Tensor]:
     """The optimiser's tensors as ``<parameter>:<moment>``, so that they can be stored without pickle."""
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -31,7 +31,7 @@ def state_by_name(optimiser: torch.optim.Optimizer, model: DynamicTransformer) -
 
 
 def load_state_by_name(
-    optimiser: torch.optim.Optimizer, model: DynamicTransformer, tensors: dict[str, torch.Tensor]
+    optimiser: torch.optim.Optimizer, model: DynamicModel, tensors: dict[str, torch.Tensor]
 ) -> None:
     """Restore what `state_by_name` gave.
 

@@ -24,7 +24,7 @@ from dydit_cli.artifacts import (
 )
 from dydit_cli.artifacts.writing import refuse_existing
 from dydit_cli.errors import DyditError
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.recipe.loading import Recipe
 from dydit_cli.recipe.schema import FinetuneSection
 from dydit_cli.training.reports import StepReport
@@ -88,7 +88,7 @@ class RunFolder:
         with writing(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(report.line()) + "\n")
 
-    def finish(self, model: DynamicTransformer, results: Mapping[str, Any]) -> None:
+    def finish(self, model: DynamicModel, results: Mapping[str, Any]) -> None:
         """Put the final weights in place, their configuration last, then the manifest.
 
         Raises:

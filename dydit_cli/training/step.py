@@ -18,7 +18,7 @@ from dydit_cli.dynamic.gates import CompleteGating, Gating, GumbelGating, Routin
 from dydit_cli.dynamic.geometry import Geometry
 from dydit_cli.dynamic.routing import Routing
 from dydit_cli.execution import DenseExecutor, Executor, StaticExecutor
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.flops import executed_ratio
 from dydit_cli.objectives import Objective
 from dydit_cli.randomness import normal, uniform
@@ -31,7 +31,7 @@ class Denoiser(nn.Module):
         model: The model that trains.
     """
 
-    def __init__(self, model: DynamicTransformer) -> None:
+    def __init__(self, model: DynamicModel) -> None:
         super().__init__()
         self.model = model
 

@@ -114,7 +114,7 @@ def test_threads_pack_once(attention: DynamicAttention, monkeypatch: pytest.Monk
         time.sleep(0.02)
         return attention_slabs(layer)
 
-    monkeypatch.setattr(slabs, "attention_slabs", slow)
+    monkeypatch.setattr(slabs, "pack", slow)
     store, start = SlabStore(budget=0.5), Barrier(4)
 
     def run(offset: int) -> bool:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 
 from dydit_cli.conversion.importance.scores import Importance
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 
 
 @torch.no_grad()
-def magnitude(model: DynamicTransformer) -> Importance:
+def magnitude(model: DynamicModel) -> Importance:
     """Score all heads and channels of ``model`` by their weights."""
     geometry = model.geometry
     heads, channels = [], []

@@ -15,7 +15,7 @@ from dydit_cli.conversion.importance.scores import Importance
 from dydit_cli.data.source import Source
 from dydit_cli.execution import BlockWidth, DynamicBlock, Modulation, StaticExecutor
 from dydit_cli.execution.interface import attention_with, mlp_with, modulate
-from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.objectives import Objective
 from dydit_cli.randomness import generator, normal, uniform
 
@@ -28,7 +28,7 @@ class GateProbe(StaticExecutor):
         batch: Samples of a batch.
     """
 
-    def __init__(self, model: DynamicTransformer, batch: int) -> None:
+    def __init__(self, model: DynamicModel, batch: int) -> None:
         geometry = model.geometry
         self.head_gates = [self._ones(model, batch, geometry.num_heads) for _ in model.dynamic_blocks]
         self.channel_gates = [self._ones(model, batch, geometry.mlp_hidden) for _ in model.dynamic_blocks]
@@ -40,7 +40,7 @@ class GateProbe(StaticExecutor):
             self._gate_of[block.mlp] = channels
 
     @staticmethod
-    def _ones(model: DynamicTransformer, batch: int, units: int) -> Tensor:
+    def _ones(model: DynamicModel, batch: int, units: int) -> Tensor:
         return torch.ones(batch, units, device=model.device, requires_grad=True)
 
     def attend(
@@ -61,7 +61,7 @@ class GateProbe(StaticExecutor):
 
 
 def taylor(
-    model: DynamicTransformer,
+    model: DynamicModel,
     source: Source,
     objective: Objective,
     *,
