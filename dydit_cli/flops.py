@@ -6,6 +6,7 @@ counts 4 an element, as in fvcore: DiT-XL/2 at 256 px is 118.6887 G with it, 118
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dydit_cli.dynamic.costs import CostedGeometry
-from dydit_cli.dynamic.routing import Routing
+from dydit_cli.dynamic.routing import BlockRouting, Routing
 
 
 class HasGeometry(Protocol):
@@ -33,6 +34,7 @@ class MacsReport:
         attention: Projections and products of attention. mlp: fc1 and fc2. embeddings: Patches and timestep.
         modulation: adaLN of blocks and final layer. final: Output projection. layernorm: 4 an element.
         routers: Width and token routers; 0 for a static model.
+        cross_attention: To a prompt, which stays static and is no part of the ratio; 0 for models without.
     """
 
     attention: float
@@ -42,6 +44,7 @@ class MacsReport:
     final: float
     layernorm: float
     routers: float
+    cross_attention: float = 0.0
 
     @property
     def total(self) -> float:
@@ -76,11 +79,40 @@ def executed_ratio(routing: Routing, geometry: CostedGeometry) -> Tensor:
 
     Source: DyDiT, section 3.4 (F_dynamic / F_static), with routers, embeddings and modulation left out as there.
     """
-    costs = geometry.block_costs()
+    costs = _of_routing(geometry, routing).block_costs()
     # Shares first: sums of MACs would lose digits in fp32.
     static = sum(float(sum(cost.complete)) for cost in costs)
-    executed = [sum(cost.executed(block)) / static for cost, block in zip(costs, routing.blocks, strict=True)]
-    return torch.stack([torch.as_tensor(share) for share in executed]).sum(dim=0)
+    # Blocks that cost alike are counted as rows of one: few operations, where a sampler counts at every step.
+    alike: dict[Hashable, list[int]] = {}
+    for place, (cost, block) in enumerate(zip(costs, routing.blocks, strict=True)):
+        alike.setdefault((cost, *_shapes(block)), []).append(place)
+    executed: dict[int, Tensor] = {}
+    for places in alike.values():
+        macs = costs[places[0]].executed(_as_rows([routing.blocks[place] for place in places]))
+        shares = torch.as_tensor(sum(macs) / static).unflatten(0, (len(places), -1))
+        executed |= zip(places, shares, strict=True)
+    return torch.stack([executed[place] for place in range(len(costs))]).sum(dim=0)
+
+
+def _shapes(block: BlockRouting) -> tuple[Hashable, ...]:
+    masks = (block.heads, block.groups, block.tokens, block.context_groups)
+    return tuple(None if mask is None else mask.shape for mask in masks)
+
+
+def _as_rows(blocks: Sequence[BlockRouting]) -> BlockRouting:
+    """The decisions of several blocks as those of one whose batch is as many times larger."""
+    contexts = [block.context_groups for block in blocks if block.context_groups is not None]
+    return BlockRouting(
+        torch.cat([block.heads for block in blocks]),
+        torch.cat([block.groups for block in blocks]),
+        torch.cat([block.tokens for block in blocks]),
+        torch.cat(contexts) if contexts else None,
+    )
+
+
+def _of_routing(geometry: CostedGeometry, routing: Routing) -> CostedGeometry:
+    """The geometry of the sample that was routed, which may be larger or smaller than the model's usual ones."""
+    return geometry.with_tokens(routing.blocks[0].tokens.shape[1])
 
 
 def ratio_floor(geometry: CostedGeometry) -> float:
@@ -99,6 +131,8 @@ def macs_of(geometry: CostedGeometry, routing: Routing | None = None) -> MacsRep
         geometry: The model's.
         routing: What was executed, averaged over its batch; None counts the static model, without routers.
     """
+    if routing is not None:
+        geometry = _of_routing(geometry, routing)
     costs = geometry.block_costs()
     if routing is None:
         blocks = [cost.complete for cost in costs]
@@ -115,6 +149,7 @@ def macs_of(geometry: CostedGeometry, routing: Routing | None = None) -> MacsRep
         final=around.final,
         layernorm=around.layernorm,
         routers=0.0 if routing is None else sum(geometry.block_router_macs()),
+        cross_attention=around.cross_attention,
     )
 
 

@@ -47,6 +47,21 @@ def test_the_examples_of_the_python_page_run() -> None:
     assert names["dynamic"].routed == names["static"].routed
 
 
+def test_the_example_of_the_latte_page_runs() -> None:
+    names: dict = {}
+    for source in blocks(ROOT / "docs" / "latte.md", "python"):
+        run(source, ROOT / "docs" / "latte.md", names)
+    assert names["noise"].shape == (2, 4, 8, 8, 8)
+
+
+def test_the_example_of_the_flux_page_runs() -> None:
+    names: dict = {}
+    for source in blocks(ROOT / "docs" / "flux.md", "python"):
+        run(source, ROOT / "docs" / "flux.md", names)
+    assert names["velocity"].shape == (2, 4, 8, 8)
+    assert len(names["plan"]) == 4
+
+
 def test_the_example_of_the_readme_runs(own_folder: Path) -> None:
     from dydit_cli.artifacts import save_model
     from dydit_cli.families.registry import family_named

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from dydit_cli.errors import DyditError
 from dydit_cli.families.dynamic_model import DynamicModel
+from dydit_cli.families.family import require
 from dydit_cli.families.registry import class_named, family_named
 
 CONFIG_NAME = "config.json"
@@ -73,7 +74,10 @@ def load_model(
     device: torch.device | str | None = None,
     keep_bias: float = 0.0,
     *,
+    budget: float | None = None,
     compile: bool = False,  # noqa: A002
+    graphs: bool = False,
+    token_capacity: float | None = None,
     convention: str = "stored",
 ) -> DynamicModel:
     """Load a dynamic model for inference.
@@ -84,14 +88,17 @@ def load_model(
         torch_dtype: Cast the weights; fp32 by default. Router decisions are made in fp32 whatever it is.
         device: Where to put the model; the CPU by default.
         keep_bias: Added to all router logits, a dial without training; +inf is the complete model.
+        budget: The ratio to run at, of a model that was trained for a range of them; its own default without it.
         compile: Whether blocks are compiled with `torch.compile`, at their first forward; for compact and static execution.
+        graphs: Whether whole steps are recorded as CUDA graphs; for compact and static execution on a CUDA device.
+        token_capacity: Room for this share of a batch's tokens in the MLPs, which makes shapes static; for compact execution.
         convention: ``stored``, or ``native`` to read a pipeline export in its family's own convention of t and prediction.
 
     Returns:
         A module in eval mode with the forward of diffusers' class.
 
     Raises:
-        DyditError: If the folder holds no whole dynamic model.
+        DyditError: If the folder holds no whole dynamic model, and for an execution that is not possible.
     """
     if convention not in ("stored", "native"):
         raise DyditError(
@@ -122,7 +129,10 @@ def load_model(
         ) from error
     _check_whole(model, report, folder)
     model.eval().requires_grad_(False)
-    model.set_execution(execution, compile).set_keep_bias(keep_bias)
+    model.set_execution(execution, compile, graphs=graphs, token_capacity=token_capacity)
+    model.set_keep_bias(keep_bias)
+    if budget is not None:
+        model.set_budget(budget)
     return model.to(device) if device is not None else model
 
 
@@ -151,8 +161,11 @@ def load_for_training(path: str | Path, device: torch.device | str | None = None
     """Load a dynamic model in fp32, dense, with gradients on everything but the position table.
 
     Raises:
-        DyditError: As `load_model`.
+        DyditError: As `load_model`, and for a family that dydit does not train.
     """
+    stored = class_named(model_config(path)["_class_name"])
+    if stored is not None:
+        require(family_named(stored.family), "dydit finetune")
     model = load_model(path, execution="dense", device=device, convention="native")
     model.train()
     for parameter in (*model.backbone_parameters(), *model.router_parameters()):

@@ -31,6 +31,7 @@ class DiffusersStatic(nn.Module):
         super().__init__()
         geometry = model.geometry
         self.geometry, self.config, self.family = geometry, model.config, model.family
+        self.guided_channels = model.guided_channels
         self.transformer = DiTTransformer2DModel(
             num_attention_heads=geometry.num_heads,
             attention_head_dim=geometry.head_dim,
@@ -87,8 +88,8 @@ class DiffusersStatic(nn.Module):
 
 
 def diffusers_baseline(model: DynamicModel, seed: int) -> DiffusersStatic | None:
-    """The baseline, or None where diffusers' class has no model of that size: its MLPs are always 4C wide."""
+    """The baseline, or None where diffusers has no such model: its MLPs are always 4C wide, and it has no Latte of this form."""
     geometry = model.geometry
-    if geometry.mlp_hidden != 4 * geometry.hidden_size:
+    if geometry.num_frames or geometry.mlp_hidden != 4 * geometry.hidden_size:
         return None
     return DiffusersStatic(model, seed)

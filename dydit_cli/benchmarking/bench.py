@@ -8,7 +8,7 @@ import torch
 
 from dydit_cli.artifacts.manifest import device_description, versions
 from dydit_cli.benchmarking.baseline import diffusers_baseline
-from dydit_cli.benchmarking.compiling import Compilation
+from dydit_cli.benchmarking.compiling import Acceleration
 from dydit_cli.benchmarking.contest import Contest, Estimate, Progress, threads_of
 from dydit_cli.benchmarking.forwards import time_forwards
 from dydit_cli.benchmarking.report import BenchReport, Row
@@ -37,12 +37,13 @@ def bench(
     """
     device = torch.device(device)
     clock = settings.clock_name(device)
+    settings.check_device(device)
     with threads_of(settings.threads):
         on_progress("building the model", 0, 1)
         subject = open_subject(settings, device)
         model = subject.model
         diffusers = diffusers_baseline(model, settings.seed)
-        compilation = Compilation() if settings.compile else None
+        acceleration = Acceleration(settings.compile, settings.graphs, settings.token_capacity)
         grid = [(case, batch) for case in subject.cases for batch in settings.batch]
         contest = Contest(
             clock, device, settings.pairs, [batch for _, batch in grid], on_progress, on_estimate
@@ -56,7 +57,7 @@ def bench(
                     batch,
                     contest,
                     diffusers=diffusers,
-                    compilation=compilation,
+                    acceleration=acceleration,
                     dense=settings.dense,
                     seed=settings.seed,
                 )
@@ -69,7 +70,7 @@ def bench(
                     steps=settings.steps,
                     guidance=settings.guidance,
                     diffusers=diffusers,
-                    compilation=compilation,
+                    acceleration=acceleration,
                     dense=settings.dense,
                     seed=settings.seed,
                 )

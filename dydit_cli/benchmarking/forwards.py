@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dydit_cli.benchmarking.baseline import DiffusersStatic
-from dydit_cli.benchmarking.compiling import Compilation
+from dydit_cli.benchmarking.compiling import Acceleration
 from dydit_cli.benchmarking.contest import Contest
 from dydit_cli.benchmarking.masks import Case
 from dydit_cli.benchmarking.report import Row, row_of
@@ -31,7 +31,7 @@ def time_forwards(
     contest: Contest,
     *,
     diffusers: DiffusersStatic | None,
-    compilation: Compilation | None,
+    acceleration: Acceleration,
     dense: bool,
     seed: int,
 ) -> Row:
@@ -43,7 +43,7 @@ def time_forwards(
     subject.impose(case, batch)
     inputs = subject.inputs(batch)
     # By way of static, so that the executor is new.
-    model.set_execution("static")
+    model.set_execution("static").set_execution("compact", token_capacity=acceleration.token_capacity)
     prepare(model, inputs)
     sides: dict[str, Side] = {
         "static": partial(model.denoise, executor=StaticExecutor(), gating=CompleteGating())
@@ -53,10 +53,10 @@ def time_forwards(
     if dense:
         sides["dense"] = partial(model.denoise, executor=DenseExecutor())
     sides["compact"] = model.denoise
-    if compilation is not None:
-        compiled = compilation.models(model)
-        prepare(compiled["compiled"], inputs)
-        sides |= {name: each.denoise for name, each in compiled.items()}
+    for name, each in acceleration.models(model).items():
+        if each.execution == "compact":
+            prepare(each, inputs)
+        sides[name] = each.denoise
     executed = [model.denoise(*each)[1] for each in inputs]
     difference = max(
         _difference(model, each, routing) for each, routing in zip(inputs, executed, strict=True)

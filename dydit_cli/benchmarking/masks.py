@@ -182,6 +182,10 @@ class _TokenShare:
         """See `Gating`."""
         return (logits > 0).float()
 
+    def context_groups(self, block: int, logits: Tensor) -> Tensor:
+        """See `Gating`."""
+        return (logits > 0).float()
+
     def tokens(self, block: int, logits: Tensor) -> Tensor:
         """See `Gating`."""
         score = self._model.dynamic_blocks[block].token_router.score

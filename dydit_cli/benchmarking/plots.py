@@ -6,19 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dydit_cli.artifacts import writing
-from dydit_cli.benchmarking.report import BenchReport, Row
+from dydit_cli.benchmarking.report import Accelerated, BenchReport, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DPI = 160
-INK, FAINT, PROMISE, COMPACT, COMPILED = "#22303c", "#8a97a3", "#cfe3df", "#0f3f5c", "#d9822b"
+INK, FAINT, PROMISE, COMPACT = "#22303c", "#8a97a3", "#cfe3df", "#0f3f5c"
+COMPILED, GRAPHED = "#d9822b", "#8c5fa8"
 
-LEGEND = IDEAL, COMPACT_MARK, COMPILED_MARK, DENSE_MARK = (
+LEGEND = IDEAL, COMPACT_MARK, COMPILED_MARK, GRAPHED_MARK, DENSE_MARK = (
     "ideal (MACs)",
     "compact, 95 % interval",
     "compiled, over static compiled",
+    "CUDA graphs, over static graphs",
     "dense",
 )
 
@@ -78,14 +80,13 @@ def bench_figure(report: BenchReport) -> Figure:
 
 
 def _columns(axes: Axes, report: BenchReport) -> None:
-    """Time ratio and efficiency in numbers, beside the marks; those of compiled execution below them."""
+    """Time ratio and efficiency in numbers, beside the marks; those of accelerated execution below them."""
     right = axes.get_yaxis_transform()
     for x, heading in ((1.03, "time"), (1.14, "efficiency")):
         axes.text(x, -0.6, heading, transform=right, color=FAINT, fontsize=8.5, va="bottom")
     for place, row in enumerate(report.rows):
         lines = [(row.time_ratio, row.efficiency, COMPACT)]
-        if row.compiled is not None:
-            lines.append((row.compiled.time_ratio, row.compiled.efficiency, COMPILED))
+        lines += [(found.time_ratio, found.efficiency, color) for found, color, *_ in _accelerated(row)]
         for line, (ratio, efficiency, color) in enumerate(lines):
             height = place + (line - (len(lines) - 1) / 2) * 0.4
             for x, text in ((1.03, f"{ratio:.3f}"), (1.14, f"{efficiency:.2f}")):
@@ -114,17 +115,23 @@ def _draw(axes: Axes, place: int, row: Row) -> None:
         row.time_ratio, place, xerr=[[row.time_ratio - low], [high - row.time_ratio]], fmt="o", markersize=7,
         color=COMPACT, elinewidth=2.2, capsize=3.5, label=COMPACT_MARK, zorder=6,
     )  # fmt: skip
-    if row.compiled is not None:
-        found, (low, high) = row.compiled.time_ratio, row.compiled.interval
+    for found, color, shape, label in _accelerated(row):
+        middle, (low, high) = found.time_ratio, found.interval
         axes.errorbar(
-            found, place, xerr=[[found - low], [high - found]], fmt="D", markersize=6, color=COMPILED,
-            elinewidth=2.2, capsize=3.5, label=COMPILED_MARK, zorder=5,
+            middle, place, xerr=[[middle - low], [high - middle]], fmt=shape, markersize=6, color=color,
+            elinewidth=2.2, capsize=3.5, label=label, zorder=5,
         )  # fmt: skip
+
+
+def _accelerated(row: Row) -> list[tuple[Accelerated, str, str, str]]:
+    """What was accelerated, with the colour, shape and name of its mark."""
+    marks = ((row.compiled, COMPILED, "D", COMPILED_MARK), (row.graphed, GRAPHED, "s", GRAPHED_MARK))
+    return [(found, color, shape, label) for found, color, shape, label in marks if found is not None]
 
 
 def _values(row: Row) -> list[float]:
     values = [row.ideal, row.interval[1], row.dense_ratio or 0.0]
-    return values if row.compiled is None else [*values, row.compiled.interval[1]]
+    return [*values, *(found.interval[1] for found, *_ in _accelerated(row))]
 
 
 def _label(row: Row) -> str:

@@ -12,8 +12,8 @@ from dydit_cli.profiling.timing import PairedRatio, paired_ratio
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """Compact compiled against static compiled.
+class Accelerated:
+    """Compact against static execution, both compiled or both as CUDA graphs.
 
     Attributes:
         static_ms, compact_ms: Medians.
@@ -48,6 +48,7 @@ class Row:
         compact_ms, dense_ms, dydit_static_ms, diffusers_static_ms: Medians of the others; None where not measured.
         dense_ratio: Dense / static.
         compiled: Compiled against compiled, or None.
+        graphed: CUDA graphs against CUDA graphs, or None.
         difference_to_dense: Largest difference of compact to dense execution of the same masks, in units of the largest value;
             None for sampling runs.
         pairs: Rounds.
@@ -71,7 +72,8 @@ class Row:
     diffusers_static_ms: float | None
     dense_ms: float | None
     dense_ratio: float | None
-    compiled: Compiled | None
+    compiled: Accelerated | None
+    graphed: Accelerated | None
     difference_to_dense: float | None
     pairs: int
 
@@ -120,7 +122,7 @@ def row_of(
 
     Args:
         seconds: By side: ``static`` and ``compact``, and where measured ``diffusers``, ``dense``, ``compiled_static`` and
-            ``compiled``.
+            ``compiled``, ``graphed_static`` and ``graphed``.
         ideal: Of the row.
         forwards: Forwards of a round, over which times are averaged.
         seed: Of the resampling.
@@ -140,20 +142,21 @@ def row_of(
         diffusers_static_ms=medians.get("diffusers"),
         dense_ms=medians.get("dense"),
         dense_ratio=dense,
-        compiled=_compiled(seconds, medians, ideal, seed),
+        compiled=_accelerated("compiled", seconds, medians, ideal, seed),
+        graphed=_accelerated("graphed", seconds, medians, ideal, seed),
         pairs=found.pairs,
         **facts,
     )
 
 
-def _compiled(
-    seconds: Mapping[str, Sequence[float]], medians: Mapping[str, float], ideal: float, seed: int
-) -> Compiled | None:
-    if "compiled" not in seconds:
+def _accelerated(
+    name: str, seconds: Mapping[str, Sequence[float]], medians: Mapping[str, float], ideal: float, seed: int
+) -> Accelerated | None:
+    if name not in seconds:
         return None
-    found = paired_ratio(seconds["compiled"], seconds["compiled_static"], seed)
-    return Compiled(
-        static_ms=medians["compiled_static"], compact_ms=medians["compiled"], **_ratio_fields(found, ideal)
+    found = paired_ratio(seconds[name], seconds[f"{name}_static"], seed)
+    return Accelerated(
+        static_ms=medians[f"{name}_static"], compact_ms=medians[name], **_ratio_fields(found, ideal)
     )
 
 

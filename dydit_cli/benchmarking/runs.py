@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dydit_cli.benchmarking.baseline import DiffusersStatic
-from dydit_cli.benchmarking.compiling import Compilation
+from dydit_cli.benchmarking.compiling import Acceleration
 from dydit_cli.benchmarking.contest import Contest
 from dydit_cli.benchmarking.forwards import title_of, words_of
 from dydit_cli.benchmarking.masks import Case
@@ -31,7 +31,7 @@ def time_runs(
     steps: int,
     guidance: float,
     diffusers: DiffusersStatic | None,
-    compilation: Compilation | None,
+    acceleration: Acceleration,
     dense: bool,
     seed: int,
 ) -> Row:
@@ -43,9 +43,8 @@ def time_runs(
         models["diffusers"] = diffusers
     if dense:
         models["dense"] = twin_of(model, "dense")
-    models["compact"] = twin_of(model, "compact")
-    if compilation is not None:
-        models |= compilation.models(model)
+    models["compact"] = twin_of(model, "compact", acceleration.token_capacity)
+    models |= acceleration.models(model)
     sides = {
         name: partial(sample_batch, each, batch=batch, steps=steps, guidance=guidance, seed=seed)
         for name, each in models.items()
@@ -67,10 +66,10 @@ def time_runs(
     )
 
 
-def twin_of(model: DynamicModel, execution: str) -> DynamicModel:
+def twin_of(model: DynamicModel, execution: str, token_capacity: float | None = None) -> DynamicModel:
     """A model of the same weights that runs in its own way, with its own packed weights and plan."""
     # By way of static, so that the executor is new in any case.
-    return copy.copy(model).set_execution("static").set_execution(execution)
+    return copy.copy(model).set_execution("static").set_execution(execution, token_capacity=token_capacity)
 
 
 def sample_batch(model: Any, *, batch: int, steps: int, guidance: float, seed: int) -> Batch:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dydit_cli.artifacts import load_model
 from dydit_cli.artifacts.manifest import device_description, versions
-from dydit_cli.benchmarking.compiling import Compilation
+from dydit_cli.benchmarking.compiling import Acceleration
 from dydit_cli.benchmarking.contest import Contest, Estimate, Progress, synchronize, threads_of
 from dydit_cli.benchmarking.runs import sample_batch, twin_of
 from dydit_cli.benchmarking.settings import BenchSettings
@@ -54,14 +54,14 @@ class ServiceRow:
     """Requests of one batch size in one execution.
 
     Attributes:
-        execution: ``static``, ``compact``, ``compiled_static`` or ``compiled``.
+        execution: ``static``, ``compact``, ``compiled_static``, ``compiled``, ``graphed_static`` or ``graphed``.
         batch: Images of a request.
         steps: Of the sampler.
         p50_s, p95_s: Seconds an image: those of a request over its images; median and 95th percentile over requests.
         images_per_minute: Over all requests.
         requests: How many.
         ratio: Executed share of attention and MLP MACs, mean over all images.
-        peak_mib: The most memory at once: weights, what is packed, and what a sampling run takes; None for compiled.
+        peak_mib: The most memory at once: weights, what is packed, and what a sampling run takes; None for compiled and graphed.
     """
 
     execution: str
@@ -117,18 +117,19 @@ def serve(
     """
     device = torch.device(device)
     steps = settings.steps or STEPS
-    compilation = Compilation() if settings.compile else None
+    settings.check_device(device)
+    acceleration = Acceleration(settings.compile, settings.graphs, settings.token_capacity)
     with threads_of(settings.threads):
         on_progress("building the model", 0, 1)
         subject = open_subject(settings, device)
         subject.impose(subject.cases[0], max(settings.batch))
         on_progress("cold start", 0, 1)
-        start = dict(_cold_starts(subject, settings, steps, compilation))
+        start = dict(_cold_starts(subject, settings, steps))
         contest = Contest("wall", device, settings.pairs, list(settings.batch), on_progress, on_estimate)
         rows = [
             row
             for batch in settings.batch
-            for row in _requests(subject, settings, steps, batch, contest, compilation)
+            for row in _requests(subject, settings, steps, batch, contest, acceleration)
         ]
         model = subject.model
         return ServiceReport(
@@ -168,12 +169,14 @@ def _requests(
     steps: int,
     batch: int,
     contest: Contest,
-    compilation: Compilation | None,
+    acceleration: Acceleration,
 ) -> Iterator[ServiceRow]:
-    models = {name: twin_of(subject.model, name) for name in ("static", "compact")}
+    models = {
+        "static": twin_of(subject.model, "static"),
+        "compact": twin_of(subject.model, "compact", settings.token_capacity),
+    }
     memory = {name: _peak(model, batch, steps, settings) for name, model in models.items()}
-    if compilation is not None:
-        models |= compilation.models(subject.model)
+    models |= acceleration.models(subject.model)
     sides = {
         name: _Requests(model, batch, steps, settings.guidance, settings.seed)
         for name, model in models.items()
@@ -208,21 +211,20 @@ def _weights(model: DynamicModel) -> int:
 
 
 @torch.no_grad()
-def _cold_starts(
-    subject: Subject, settings: BenchSettings, steps: int, compilation: Compilation | None
-) -> Iterator[tuple[str, ColdStart]]:
+def _cold_starts(subject: Subject, settings: BenchSettings, steps: int) -> Iterator[tuple[str, ColdStart]]:
     """Start each execution once, from the folder where there is one."""
-    times = sampler_for(family_of(subject.model).objective).times
-    schedule = torch.empty(0) if times is None else times(steps)
     inputs = subject.inputs(settings.batch[0])[0]
+    sampler = sampler_for(family_of(subject.model).objective)
+    times = sampler.times_at(steps, inputs.hidden_states.shape)
+    schedule = torch.empty(0) if times is None else times
     for execution, compiled_name in (("static", "compiled_static"), ("compact", "compiled")):
         load, model = _loaded(subject, settings)
         model.set_execution("static").set_execution(execution)
         plan = _planning(model, schedule, inputs)
         pack = _first(model, inputs)
         yield execution, _start(load, plan, pack, None)
-        if compilation is not None:
-            compiled = compilation.models(model)[compiled_name]
+        if settings.compile:
+            compiled = Acceleration(compile=True).models(model)[compiled_name]
             plan = _planning(compiled, schedule, inputs)
             first = _first(compiled, inputs)
             yield compiled_name, _start(load, plan, pack, max(0.0, first - pack))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dydit_cli.errors import DyditError, did_you_mean
+from dydit_cli.execution.graphs import require_cuda
 
 CLOCKS: dict[str, Callable[[], float]] = {"cpu": time.process_time, "wall": time.perf_counter}
 
@@ -34,6 +35,8 @@ class BenchSettings:
         clock: ``cpu`` (this process's processor time), ``wall``, or ``auto``: cpu with one thread on a CPU, wall otherwise.
         dense: Also time dense execution.
         compile: Also time static and compact compiled.
+        graphs: Also time static and compact as CUDA graphs.
+        token_capacity: Room for this share of the tokens in the MLPs of compact execution, so that shapes are static.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         seed: Of weights, masks, inputs, and of the intervals' resampling.
 
@@ -57,6 +60,8 @@ class BenchSettings:
     clock: str = "auto"
     dense: bool = True
     compile: bool = False
+    graphs: bool = False
+    token_capacity: float | None = None
     dtype: str = "float32"
     seed: int = 0
 
@@ -82,7 +87,12 @@ class BenchSettings:
                     why="There is nothing to measure.",
                     fix=f"Pass --{name} 1, or more.",
                 )
-        for name, shares in (("tokens", self.tokens or ()), ("ratio", self.ratio)):
+        capacity = () if self.token_capacity is None else (self.token_capacity,)
+        for name, shares in (
+            ("tokens", self.tokens or ()),
+            ("ratio", self.ratio),
+            ("token-capacity", capacity),
+        ):
             for share in shares:
                 if not 0 <= share <= 1:
                     raise DyditError(
@@ -127,6 +137,11 @@ class BenchSettings:
         """The dtype of weights and activations."""
         found: torch.dtype = getattr(torch, self.dtype)
         return found
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise a `DyditError` if a device cannot run what is asked."""
+        if self.graphs:
+            require_cuda(device)
 
     def clock_name(self, device: torch.device) -> str:
         """``cpu`` or ``wall``.

@@ -14,8 +14,9 @@ from dydit_cli.artifacts import load_model
 from dydit_cli.benchmarking.masks import Case, case_for_ratio, case_of, impose
 from dydit_cli.benchmarking.settings import BenchSettings
 from dydit_cli.families.dynamic_model import DynamicModel
+from dydit_cli.families.family import require
 from dydit_cli.families.registry import family_of, preset_named
-from dydit_cli.objectives import Objective, objective_for
+from dydit_cli.objectives import Objective, objective_of
 from dydit_cli.profiling.inputs import find_inputs
 from dydit_cli.randomness import generator, normal
 
@@ -65,7 +66,7 @@ class Subject:
     @property
     def objective(self) -> Objective:
         """Of the model's family."""
-        return objective_for(self.model.family)
+        return objective_of(self.model)
 
     def inputs(self, batch: int) -> list[Inputs]:
         """Inputs of a round's forwards: several noise levels of data, the noisiest first, or noise at one timestep (at several
@@ -78,7 +79,7 @@ class Subject:
         ).to(device)
         if self.clean is None or self.labels is None:
             labels = torch.randint(
-                geometry.num_classes, (batch,), generator=generator(self.seed, "bench_labels")
+                max(1, geometry.num_classes), (batch,), generator=generator(self.seed, "bench_labels")
             ).to(device)
             times = objective.grid(LEVELS if self.masks == "changing" else 1).to(device)
             return [Inputs(noise, time.expand(batch).clone(), labels) for time in times]
@@ -106,6 +107,7 @@ def open_subject(settings: BenchSettings, device: torch.device) -> Subject:
     if settings.model is not None:
         return _trained(settings, device)
     family, config = preset_named(str(settings.preset))
+    require(family, "dydit bench")
     whole = int(config["num_layers"])
     config["num_layers"] = min(whole, settings.blocks or (BLOCKS if settings.steps is None else whole))
     model = family.build(config)
@@ -135,6 +137,7 @@ def open_subject(settings: BenchSettings, device: torch.device) -> Subject:
 def _trained(settings: BenchSettings, device: torch.device) -> Subject:
     folder = Path(str(settings.model)).expanduser()
     model = load_model(folder, torch_dtype=settings.number_type, device=device, convention="native")
+    require(family_of(model), "dydit bench")
     wanted = max(settings.batch)
     found = find_inputs(model.geometry, None, folder, wanted, settings.seed)
     indices = list(range(min(wanted, len(found.source))))

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from dydit_cli.checkpoints.reading import Checkpoint, read_checkpoint
+from dydit_cli.checkpoints.reading import Checkpoint, open_checkpoint, read_checkpoint
 
-__all__ = ["Checkpoint", "read_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint", "read_checkpoint"]

@@ -8,13 +8,14 @@ from pathlib import Path
 from dydit_cli.errors import DyditError, did_you_mean
 
 PREFIX = "builtin:"
+SUFFIXES = (".pt", ".safetensors")
 FOLDER = Path(__file__).parent.parent / "assets" / "models"
 
 
 def builtin_models() -> dict[str, dict[str, object]]:
     """Facts of the shipped models by name: family, constructor arguments and training, as their file of facts says."""
     facts = json.loads((FOLDER / "models.json").read_text(encoding="utf-8"))
-    return {name.removesuffix(".pt"): entry for name, entry in facts.items() if name.endswith(".pt")}
+    return {Path(name).stem: entry for name, entry in facts.items() if name.endswith(SUFFIXES)}
 
 
 def builtin_path(name: str) -> Path:
@@ -25,7 +26,7 @@ def builtin_path(name: str) -> Path:
     """
     known = builtin_models()
     if name in known:
-        return FOLDER / f"{name}.pt"
+        return next(path for path in (FOLDER / f"{name}{suffix}" for suffix in SUFFIXES) if path.exists())
     raise DyditError(
         f"There is no shipped model called '{name}'.",
         why=f"The package holds {', '.join(PREFIX + entry for entry in known)}.",

@@ -1,7 +1,10 @@
-"""Read `.pt` and `.safetensors` files and folders of shards into a flat dictionary of tensors.
+"""Open `.pt` and `.safetensors` files and folders of shards, all at once or tensor by tensor.
 
 A checkpoint from a stranger is data. `torch.load` runs with ``weights_only=True`` always; the one class beside tensors that is
 let through is `argparse.Namespace`, which DiT's and SiT's own training scripts save, and which can do nothing.
+
+Files come as people have them: wrapped by a training script, with prefixes, beside text encoders in an all-in-one file, in fp8.
+What `open_checkpoint` gives is the diffusion model's own tensors under their plain names.
 """
 
 from __future__ import annotations
@@ -12,47 +15,70 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dydit_cli.checkpoints.damage import unreadable
+from dydit_cli.checkpoints.foreign import refuse_foreign, refuse_gguf
+from dydit_cli.checkpoints.fp8 import Dequantised, kind_of
+from dydit_cli.checkpoints.layout import Rearranged, Rows
+from dydit_cli.checkpoints.lazy import LazyTensors, MemoryTensors
+from dydit_cli.checkpoints.names import plain_names
+from dydit_cli.checkpoints.stored import read_header, read_index
 from dydit_cli.errors import DyditError
 
 # The copies of the weights that training scripts keep, best first: the EMA is the one that was evaluated.
 WRAPPERS = ("ema", "model", "module", "state_dict")
-PREFIXES = ("module.", "_orig_mod.", "model.diffusion_model.")
 WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+INDEX_SUFFIX = ".safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors read from a file or folder.
+    """Tensors of a file or folder.
 
     Attributes:
-        path: Where they came from.
-        tensors: Key -> tensor on the CPU, prefixes of wrappers removed.
+        path: Where they come from.
+        tensors: Key -> tensor on the CPU, prefixes of wrappers removed; a dictionary, or `LazyTensors`.
         copy: Which copy inside the file was taken (``ema``, ``model``, ...), or "" for a flat file.
         container: ``torch`` or ``safetensors``.
+        quantisation: ``fp8`` or ``scaled fp8`` where tensors were stored so and are given as bf16, else "".
+        config: The ``config.json`` beside the weights of a folder, which says what tensors cannot.
     """
 
     path: Path
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     copy: str
     container: str
+    quantisation: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint file, or a folder that holds one (sharded or not).
+    """Read a checkpoint file, or a folder that holds one (sharded or not), into memory.
 
     Raises:
-        DyditError: If it is missing, cut short, not a checkpoint, holds code, or holds no tensors.
+        DyditError: If it is missing, cut short, not a checkpoint, holds code, holds no tensors, or is quantised.
     """
-    path = Path(path)
+    opened = _open(Path(path), mapped=False)
+    return replace(opened, tensors={key: opened.tensors[key] for key in opened.tensors})
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint whose tensors are read as they are used; shapes and types are known at once.
+
+    Raises:
+        DyditError: If it is missing, cut short, not a checkpoint, holds code, holds no tensors, or is quantised.
+    """
+    return _open(Path(path), mapped=True)
+
+
+def _open(path: Path, *, mapped: bool) -> Checkpoint:
     if not path.exists():
         raise DyditError(
             f"There is no checkpoint at {path}.",
@@ -60,12 +86,27 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             fix="Check the path; relative paths start from the folder in which dydit runs.",
         )
     if path.is_dir():
-        return _read_folder(path)
+        return _open_folder(path, mapped=mapped)
+    return _finished(path, *_stored(path, mapped=mapped))
+
+
+def stored_tensors(path: Path) -> LazyTensors:
+    """Open one file as it is, under the keys that it has: an adapter, whose prefixes mean something.
+
+    Raises:
+        DyditError: If it is cut short, not a checkpoint, holds code or no tensors.
+    """
+    return _stored(path, mapped=True)[0]
+
+
+def _stored(path: Path, *, mapped: bool) -> tuple[LazyTensors, str, str]:
+    """(tensors, copy, container) of a file."""
+    refuse_gguf(path)
     if path.suffix == ".safetensors":
-        return Checkpoint(path, _flat(_read_safetensors(path), path), "", "safetensors")
+        return read_header(path), "", "safetensors"
     if path.suffix in TORCH_SUFFIXES or zipfile.is_zipfile(path):
-        tensors, copy = _unwrap(_read_torch(path), path)
-        return Checkpoint(path, _strip_prefixes(tensors), copy, "torch")
+        tensors, copy = _unwrap(_read_torch(path, mapped=mapped), path)
+        return MemoryTensors(tensors), copy, "torch"
     raise DyditError(
         f"{path} is not a kind of checkpoint that dydit reads.",
         why=f"Its name ends in '{path.suffix}', not in .safetensors or one of {', '.join(TORCH_SUFFIXES)}.",
@@ -73,20 +114,37 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     )
 
 
-def _read_folder(folder: Path) -> Checkpoint:
-    for name in WEIGHT_NAMES:
-        index = folder / f"{name}.safetensors.index.json"
-        if index.exists():
-            return Checkpoint(folder, _flat(_read_shards(index), index), "", "safetensors")
+def _finished(path: Path, stored: LazyTensors, copy: str, container: str) -> Checkpoint:
+    """The diffusion model's tensors under plain names, dequantised where they were fp8."""
+    if not stored:
+        raise _no_weights(path, "It is whole, but names no tensor.")
+    names = plain_names(stored)
+    tensors: LazyTensors = Rearranged(stored, {name: (Rows(key),) for name, key in names.items()})
+    refuse_foreign(tensors, path)
+    quantisation = kind_of(tensors)
+    if quantisation:
+        tensors = Dequantised(tensors)
+    return Checkpoint(path, tensors, copy, container, quantisation)
+
+
+def _open_folder(folder: Path, *, mapped: bool) -> Checkpoint:
+    config = _config_of(folder)
+    indices = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    named = [index for index in indices if index.name.removesuffix(INDEX_SUFFIX) in WEIGHT_NAMES]
+    if len(named or indices) == 1:
+        index = (named or indices)[0]
+        return replace(_finished(folder, read_index(index), "", "safetensors"), config=config)
     candidates = sorted(
         entry
         for entry in folder.iterdir()
         if entry.suffix == ".safetensors" or entry.suffix in TORCH_SUFFIXES
     )
-    named = [entry for entry in candidates if entry.stem in WEIGHT_NAMES]
-    chosen = named or candidates
+    chosen = [entry for entry in candidates if entry.stem in WEIGHT_NAMES] or candidates
     if len(chosen) == 1:
-        return read_checkpoint(chosen[0])
+        return replace(_open(chosen[0], mapped=mapped), config=config)
+    if not chosen and (folder / "transformer").is_dir():
+        # A pipeline's folder: the model stands in a folder of its own beside the VAE and the text encoders.
+        return _open_folder(folder / "transformer", mapped=mapped)
     found = ", ".join(entry.name for entry in chosen) if chosen else "none"
     raise DyditError(
         f"The folder {folder} does not hold one checkpoint.",
@@ -95,43 +153,24 @@ def _read_folder(folder: Path) -> Checkpoint:
     )
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _config_of(folder: Path) -> dict[str, Any]:
+    """The folder's ``config.json``, or nothing where it has none: tensors tell almost everything."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DyditError(
-            f"{index} is not a shard index.",
-            why=f"It has no readable 'weight_map' ({type(error).__name__}).",
-            fix="Copy the folder again from its source.",
-        ) from error
-    tensors: dict[str, Tensor] = {}
-    for shard in shards:
-        file = index.parent / Path(str(shard)).name
-        if not file.exists():
-            raise DyditError(
-                f"The shard {file} is missing.",
-                why=f"{index.name} names {len(shards)} shards: {', '.join(map(str, shards))}.",
-                fix="Copy the missing file beside the others.",
-            )
-        tensors |= _read_safetensors(file)
-    return tensors
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _read_torch(path: Path) -> Any:
+def _read_torch(path: Path, *, mapped: bool) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             # torch asks for an issue to be filed about pickles of another age; what cannot be read is explained below.
             warnings.simplefilter("ignore", UserWarning)
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # Files of torch before 1.6 are no zip archives and cannot be mapped.
+            return torch.load(
+                path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path)
+            )
     except pickle.UnpicklingError as error:
         if (
             "Unsupported global" in str(error)
@@ -143,10 +182,10 @@ def _read_torch(path: Path) -> Any:
                 why=f"Loading it would run code: {_first_global(str(error))}. Checkpoints are treated as data.",
                 fix="Ask for a .safetensors file, or save its state dict alone with torch.save where you trust it.",
             ) from error
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     except Exception as error:
         # A damaged pickle makes the reader stumble over anything: an empty stack, a missing storage, a wrong type.
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def _first_global(message: str) -> str:
@@ -159,17 +198,6 @@ def _first_global(message: str) -> str:
             if words:
                 return f"it names {words[0]}"
     return "it names objects that are not tensors"
-
-
-def _unreadable(path: Path, error: Exception) -> DyditError:
-    size = path.stat().st_size if path.exists() else 0
-    # torch adds advice of several sentences, for files of its own only.
-    said = str(error).splitlines()[0].split(". ")[0][:160].rstrip(".") if str(error) else type(error).__name__
-    return DyditError(
-        f"{path} cannot be read as a checkpoint.",
-        why=f"The file is cut short or damaged, or not a checkpoint: {size:,} bytes, {said}.",
-        fix="Compare its size with the source's and copy or download it again.",
-    )
 
 
 def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], str]:
@@ -188,28 +216,9 @@ def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], str]:
     )
 
 
-def _flat(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The tensors of a flat file without prefixes."""
-    if not tensors:
-        raise _no_weights(path, "It is whole, but names no tensor.")
-    return _strip_prefixes(tensors)
-
-
 def _no_weights(path: Path, why: str) -> DyditError:
     return DyditError(f"{path} holds no weights.", why=why, fix="Save the model's state dict into it.")
 
 
 def _tensors(mapping: Mapping[Any, Any]) -> dict[str, Tensor]:
     return {str(key): value for key, value in mapping.items() if isinstance(value, Tensor)}
-
-
-def _strip_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove what DDP, torch.compile and others put in front of every key."""
-    changed = True
-    while changed and tensors:
-        changed = False
-        for prefix in PREFIXES:
-            if all(key.startswith(prefix) for key in tensors):
-                tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-                changed = True
-    return tensors

@@ -17,7 +17,21 @@ from typing import Annotated
 import typer
 
 from dydit_cli import __version__
-from dydit_cli.cli import bench, console, convert, demo, export, finetune, profile, recipes, sample
+from dydit_cli.cli import (
+    bench,
+    compare,
+    console,
+    convert,
+    demo,
+    evaluate,
+    export,
+    finetune,
+    plan,
+    prepare,
+    profile,
+    recipes,
+    sample,
+)
 from dydit_cli.cli.failures import failure_of
 from dydit_cli.cli.help_text import examples, flowing
 
@@ -58,11 +72,15 @@ def _options(
 
 
 for _module, _command in (
+    (plan, plan.plan),
+    (prepare, prepare.prepare),
     (convert, convert.convert),
     (finetune, finetune.finetune),
     (profile, profile.profile),
     (sample, sample.sample),
+    (evaluate, evaluate.evaluate),
     (export, export.export),
+    (compare, compare.compare),
     (bench, bench.bench),
     (demo, demo.demo),
 ):

@@ -114,6 +114,18 @@ def bench(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Also time static and compact under torch.compile.")
     ] = False,
+    graphs: Annotated[
+        bool,
+        typer.Option("--graphs", help="Also time static and compact as CUDA graphs; needs a CUDA device."),
+    ] = False,
+    token_capacity: Annotated[
+        float | None,
+        typer.Option(
+            help="Room for this share of the tokens in compact MLPs: shapes become static.",
+            metavar="X",
+            show_default="none, or learned with --graphs",
+        ),
+    ] = None,
     dense: Annotated[
         bool, typer.Option("--dense/--no-dense", help="Also time dense execution, which multiplies by masks.")
     ] = True,
@@ -183,6 +195,8 @@ def bench(
         clock=clock,
         dense=dense,
         compile=compiled,
+        graphs=graphs,
+        token_capacity=token_capacity,
         dtype=dtype,
         seed=seed,
     )

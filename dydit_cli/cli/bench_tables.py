@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from dydit_cli.benchmarking.report import BenchReport, Row
+    from dydit_cli.benchmarking.report import Accelerated, BenchReport
     from dydit_cli.benchmarking.service import ServiceReport
 
 
@@ -30,6 +30,8 @@ def bench_table(report: BenchReport) -> Table:
         columns.append(">dense")
     if any(row.compiled is not None for row in report.rows):
         columns += [">compiled", ">95% interval", ">efficiency"]
+    if any(row.graphed is not None for row in report.rows):
+        columns += [">graphs", ">95% interval", ">efficiency"]
     table = _table(f"{report.title}: {what}, {threads}, {clock}, {report.dtype}", columns)
     for row in report.rows:
         cells = [
@@ -44,14 +46,13 @@ def bench_table(report: BenchReport) -> Table:
         ]
         if row.dense_ratio is not None:
             cells.append(f"{row.dense_ratio:.3f}")
-        table.add_row(*cells, *_compiled_cells(row))
+        table.add_row(*cells, *_accelerated_cells(row.compiled), *_accelerated_cells(row.graphed))
     return table
 
 
-def _compiled_cells(row: Row) -> list[str]:
-    if row.compiled is None:
+def _accelerated_cells(found: Accelerated | None) -> list[str]:
+    if found is None:
         return []
-    found = row.compiled
     return [f"{found.time_ratio:.3f}", _interval(found.interval), f"{found.efficiency:.2f}"]
 
 

@@ -22,6 +22,8 @@ EXAMPLES = (
     "dydit convert dit-xl-2-256/full checkpoint=DiT-XL-2-256x256.pt",
 )
 
+PATCHES = "x_embedder.proj.weight"
+
 
 def convert(
     context: typer.Context,
@@ -30,7 +32,9 @@ def convert(
         str | None,
         typer.Option(help="File (.pt, .safetensors), folder, or builtin:NAME.", metavar="FILE|DIR"),
     ] = None,
-    family: Annotated[str | None, typer.Option(help="dit, sit, or auto.", show_default="auto")] = None,
+    family: Annotated[
+        str | None, typer.Option(help="dit, sit, latte, flux, or auto.", show_default="auto")
+    ] = None,
     num_heads: Annotated[
         int | None, typer.Option(help="Attention heads, where the width is not a published one.")
     ] = None,
@@ -39,6 +43,24 @@ def convert(
     ] = None,
     grouping: Annotated[
         str | None, typer.Option(help="sorted or contiguous channel groups.", show_default="sorted")
+    ] = None,
+    width: Annotated[
+        str | None,
+        typer.Option(help="free masks of heads and groups, or ordered ones.", show_default="free"),
+    ] = None,
+    lora: Annotated[
+        str | None,
+        typer.Option(
+            help="FLUX: adapters to merge before the ranking.", metavar="FILE:SCALE,…", show_default="none"
+        ),
+    ] = None,
+    axes_dims_rope: Annotated[
+        str | None,
+        typer.Option(
+            help="FLUX: rotary axes of a head, where heads have other than 128 channels.",
+            metavar="N,N,N",
+            show_default="16,56,56",
+        ),
     ] = None,
     importance: Annotated[
         str | None,
@@ -68,6 +90,7 @@ def convert(
     Ranks heads and MLP channels, inserts routers that start with everything switched on, and verifies that the result computes
     what the checkpoint computes. The authors' dynamic DiT files are imported as they are.
     """
+    from dydit_cli.families.registry import family_named
     from dydit_cli.recipe.schema import ConvertSection
 
     request = stage.resolve(context, ConvertSection)
@@ -83,11 +106,25 @@ def convert(
         console.note("The file's trained routers were kept; the model is dynamic already.")
         console.note(f"next: dydit profile --model {report.out}")
         return
-    if report.verification.switched_on < 1:
+    if report.verification.switched_on is not None and report.verification.switched_on < 1:
         console.warn(
             f"the routers start with as little as {report.verification.switched_on:.1%} switched on: this model's activations outweigh "
             "the paper's starting biases. Fine-tuning begins slightly below the complete model; another --seed may start at 100 %."
         )
+    missing = family_named(report.family).missing
+    if "dydit finetune" in missing:
+        console.note("The model is not faster yet: every router starts with everything on.")
+        console.note(f"next: {missing['dydit sample']}")
+        return
+    if "text_tokens" in report.geometry:
+        console.note(
+            "The model is not faster yet: every router starts with everything on. Fine-tuning teaches them what to leave out."
+        )
+        console.note(
+            "next: dydit prepare --prompts FILE --count 2000 --pipeline PIPELINE --resolution 1024 --out runs/cache, then dydit finetune "
+            f"--model {report.out} --data runs/cache --target-ratio 0.5 --steps STEPS --out {Path(report.out).parent / 'finetuned'}"
+        )
+        return
     console.note(
         "The model is not faster yet: every router starts with everything on. Fine-tuning teaches them what to leave out; "
         "the paper trains DiT-S/2 for 50,000, DiT-B/2 for 100,000 and DiT-XL/2 for 150,000 to 200,000 steps of 256."
@@ -103,6 +140,7 @@ def convert_with_progress(section: ConvertSection, recipe_yaml: str | None = Non
     from dydit_cli.conversion.convert import convert as run
 
     settings = section.model_dump(exclude={"family", "num_heads"})
+    settings["lora"] = settings["lora"] or ()
     family, num_heads = ask_what_the_file_cannot_say(section)
     with progress_bar() as progress:
         task = progress.add_task("reading the checkpoint", total=None)
@@ -115,7 +153,7 @@ def convert_with_progress(section: ConvertSection, recipe_yaml: str | None = Non
 
 def ask_what_the_file_cannot_say(section: ConvertSection) -> tuple[str, int | None]:
     """Return family and heads, asked for where a person sits at the terminal and the file leaves them open."""
-    from dydit_cli.checkpoints import read_checkpoint
+    from dydit_cli.checkpoints import open_checkpoint
     from dydit_cli.checkpoints.builtin import PREFIX
     from dydit_cli.conversion.convert import candidate_families
     from dydit_cli.families.original_dit import HEADS_BY_WIDTH
@@ -125,12 +163,13 @@ def ask_what_the_file_cannot_say(section: ConvertSection) -> tuple[str, int | No
     settled = family != "auto" and heads is not None
     if settled or section.checkpoint.startswith(PREFIX) or not console.can_ask():
         return family, heads
-    read = read_checkpoint(Path(section.checkpoint).expanduser())
+    read = open_checkpoint(Path(section.checkpoint).expanduser())
     candidates = [candidate.name for candidate in candidate_families(read)]
     if family == "auto" and len(candidates) > 1:
         family = console.ask("The file could be any of these; which was it trained as?", candidates) or family
-    if heads is None and candidates:
-        width = read.tensors["x_embedder.proj.weight"].shape[0]
+    # Only files in DiT's layout leave the heads open.
+    if heads is None and candidates and PATCHES in read.tensors:
+        width = read.tensors[PATCHES].shape[0]
         if width not in HEADS_BY_WIDTH:
             divisors = [str(count) for count in range(1, 65) if width % count == 0]
             answer = console.ask(
@@ -154,9 +193,17 @@ def summary(report: ConversionReport) -> Table:
     )
     table.add_row(
         "input",
-        f"{geometry['in_channels']} x {geometry['sample_size']} x {geometry['sample_size']}, "
-        f"{geometry['num_tokens']} tokens, {geometry['num_classes']} classes",
+        (f"{geometry['num_frames']} frames of " if geometry.get("num_frames") else "")
+        + f"{geometry['in_channels']} x {geometry['sample_size']} x {geometry['sample_size']}, "
+        f"{geometry['num_tokens']} tokens, "
+        + (
+            f"{geometry['text_tokens']} of text"
+            if "text_tokens" in geometry
+            else f"{geometry['num_classes']} classes"
+        ),
     )
+    for lora in report.loras:
+        table.add_row("merged", f"{lora['path']} x {lora['scale']:g} into {lora['layers']} layers")
     added = report.params["routers"] / report.params["static"]
     table.add_row(
         "parameters", f"{report.params['static']:,} + {report.params['routers']:,} of routers (+{added:.2%})"
@@ -171,4 +218,6 @@ def summary(report: ConversionReport) -> Table:
 
 def _difference(report: ConversionReport) -> str:
     check = report.verification
+    if check.dense is None or check.compact is None:
+        return f"{check.weights:.1e} in weights (the model is too large for its outputs to be compared here)"
     return f"{check.weights:.1e} in weights, {check.dense:.1e} dense, {check.compact:.1e} compact (fp32, relative to the output)"

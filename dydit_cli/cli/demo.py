@@ -20,15 +20,17 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "dydit demo",
     "dydit demo --family sit --out runs/demo-sit",
+    "dydit demo --family latte",
+    "dydit demo --family flux",
     "dydit demo --steps 20",
 )
 
-FAMILIES = ("dit", "sit")
+FAMILIES = ("dit", "sit", "latte", "flux")
 SUMMARY = "summary.json"
 
 
 def demo(
-    family: Annotated[str, typer.Option(help="Which shipped model: dit or sit.")] = "dit",
+    family: Annotated[str, typer.Option(help="Which shipped model: dit, sit, latte or flux.")] = "dit",
     steps: Annotated[
         int | None, typer.Option(help="Training steps of both models.", show_default="the recipe's")
     ] = None,
@@ -42,14 +44,15 @@ def demo(
 ) -> None:
     """Run the whole chain on a small shipped model, on a CPU, in minutes.
 
-    Converts a DiT (or SiT) that was trained on Fashion-MNIST, fine-tunes it to half of its multiply-accumulates, fine-tunes the
+    Converts a DiT (or SiT, or Latte) that was trained on Fashion-MNIST, fine-tunes it to half of its multiply-accumulates, fine-tunes the
     static model for as many steps as the control, profiles, samples both from the same noise, and exports. Nothing is pre-recorded.
+    A FLUX draws from prompts and learns from its own complete predictions, so that its control is the shipped model itself.
     """
     if family not in FAMILIES:
         raise DyditError(
             f"There is no demo for '{family}'.",
-            why=f"The package ships trained models of {' and '.join(FAMILIES)}.",
-            fix=did_you_mean(family, FAMILIES) or "Pass --family dit or --family sit.",
+            why=f"The package ships trained models of {', '.join(FAMILIES)}.",
+            fix=did_you_mean(family, FAMILIES) or f"Pass --family {' or --family '.join(FAMILIES)}.",
         )
     folder = out or Path("runs") / f"demo-{family}"
     _make_room(folder, overwrite)
@@ -61,8 +64,9 @@ def demo(
     console.say(f"{summary['verdict']}")
     console.say(f"Pictures: {summary['comparison']}")
     console.note(
-        f"{summary['seconds']:.0f} s on {summary['device']}, torch {summary['torch']}. Times are for one image in batches of "
-        f"{summary['latency_batch']}; losses are on the same {summary['held_out_images']} held-out images, timesteps and noise."
+        f"{summary['seconds']:.0f} s on {summary['device']}, torch {summary['torch']}. Times are for one {summary['unit']} in batches "
+        f"of {summary['latency_batch']}; losses are on the same {summary['held_out_images']} held-out {summary['unit']}s, timesteps "
+        "and noise."
     )
     console.note(
         f"next: dydit profile --model {folder / 'dynamic'}   or, with your own model: dydit convert --help"
@@ -84,12 +88,14 @@ def run(family: str, folder: Path, steps: int | None) -> dict[str, Any]:
     from dydit_cli.cli.convert import convert_with_progress
     from dydit_cli.cli.export import export_with_notes
     from dydit_cli.cli.finetune import finetune_with_progress
+    from dydit_cli.cli.prepare import prepare_with_progress
     from dydit_cli.cli.profile import profile_with_progress
     from dydit_cli.cli.sample import sample_with_progress
     from dydit_cli.recipe.schema import (
         ConvertSection,
         ExportSection,
         FinetuneSection,
+        PrepareSection,
         ProfileSection,
         SampleSection,
     )
@@ -103,21 +109,30 @@ def run(family: str, folder: Path, steps: int | None) -> dict[str, Any]:
         update={"target_ratio": 1.0, "out": folder / "static", "evaluate_every": 0}
     )
     sampling = _section(recipe, SampleSection)
+    preparing, exporting = recipe.get(PrepareSection), recipe.get(ExportSection)
+    # Who learns from itself has nothing to learn with everything on: the control is the model as it was.
+    distilled = training.loss == "distillation"
+    say = _Stages(5 + (preparing is not None) + (exporting is not None) + (not distilled))
 
-    _stage(1, "convert the shipped model: rank heads and channels, insert routers")
+    if preparing is not None:
+        say("prepare: encode pictures and captions")
+        prepare_with_progress(preparing, yaml)
+    say("convert the shipped model: rank heads and channels, insert routers")
     converted = convert_with_progress(_section(recipe, ConvertSection), yaml)
-    _stage(2, f"fine-tune to half of the work ({training.steps} steps of {training.batch_size})")
+    say(f"fine-tune to half of the work ({training.steps} steps of {training.batch_size})")
     dynamic = finetune_with_progress(training, recipe)
-    _stage(3, "the control: fine-tune the static model for as many steps")
-    finetune_with_progress(static_training)
-    _stage(4, "profile: count and time")
+    if not distilled:
+        say("the control: fine-tune the static model for as many steps")
+        finetune_with_progress(static_training)
+    static = converted.out if distilled else str(static_training.out)
+    say("profile: count and time")
     profile, _ = profile_with_progress(Request(_section(recipe, ProfileSection), recipe))
-    _stage(5, "sample static and dynamic from the same noise")
+    say("sample static and dynamic from the same noise")
     dynamic_samples = sample_with_progress(sampling, yaml)
     static_samples = sample_with_progress(
         sampling.model_copy(
             update={
-                "model": str(static_training.out),
+                "model": static,
                 "execution": "static",
                 "out": folder / "samples-static",
             }
@@ -126,24 +141,32 @@ def run(family: str, folder: Path, steps: int | None) -> dict[str, Any]:
     comparison = folder / "comparison.png"
     side_by_side(
         [
-            ("static, fine-tuned as long", folder / "samples-static"),
+            ("static" if distilled else "static, fine-tuned as long", folder / "samples-static"),
             (f"dynamic, {dynamic_samples.trajectory_ratio:.0%} of the work", folder / "samples"),
         ],
         comparison,
     )
-    _stage(6, "export as a diffusers pipeline")
-    export_with_notes(_section(recipe, ExportSection))
-    _stage(7, "measure what was lost, on held-out images")
+    if exporting is not None:
+        say("export as a diffusers pipeline")
+        export_with_notes(exporting)
+    say("measure what was lost, on held-out images")
     losses = held_out_losses(
-        {"base": converted.out, "static": str(static_training.out), "dynamic": str(dynamic.out)},
+        {"base": converted.out, "static": static, "dynamic": str(dynamic.out)},
         training.data,
     )
     summary = summarise(
-        profile.to_json(), dynamic.ratio, losses, static_samples.seconds, dynamic_samples.seconds
+        profile.to_json(),
+        dynamic.ratio,
+        losses,
+        static_samples.seconds,
+        dynamic_samples.seconds,
+        static_samples.seconds if distilled else None,
     )
     summary |= {
         "family": family,
+        "unit": "video" if family == "latte" else "image",
         "steps": training.steps,
+        "distilled": distilled,
         "images": sampling.num_images,
         "target_ratio": training.target_ratio,
         "trajectory_ratio": dynamic_samples.trajectory_ratio,
@@ -162,30 +185,35 @@ def demo_recipe(family: str, folder: Path, steps: int | None) -> Recipe:
     from dydit_cli.recipe.loading import load_recipe
 
     parts = {
+        "prepare": "cache",
         "convert": "converted",
         "finetune": "dynamic",
         "profile": "profile",
         "sample": "samples",
         "export": "export",
     }
+    name = f"demo/fashion-mnist-{family}"
+    parts = {stage: part for stage, part in parts.items() if stage in load_recipe(name).sections}
     overrides = [f"{stage}.out={folder / part}" for stage, part in parts.items()]
     overrides += [f"{stage}.overwrite=true" for stage in parts]
+    if "prepare" in parts:
+        overrides += [f"{stage}.data={folder / parts['prepare']}" for stage in ("finetune", "profile")]
     if steps is not None:
         overrides.append(f"finetune.steps={steps}")
-    return load_recipe(f"demo/fashion-mnist-{family}", overrides)
+    return load_recipe(name, overrides)
 
 
 def held_out_losses(models: dict[str, str], data: str) -> dict[str, float]:
     """The denoising loss of each model on the same held-out images, timesteps and noise; the dynamic one as it would run."""
     from dydit_cli.artifacts import load_model
     from dydit_cli.data import open_data
-    from dydit_cli.objectives import held_out_loss, objective_for
+    from dydit_cli.objectives import held_out_loss, objective_of
 
     losses = {}
     for name, path in models.items():
         model = load_model(path, execution="compact" if name == "dynamic" else "static")
         source = open_data(data, geometry=model.geometry).held_out
-        losses[name] = held_out_loss(model, source, objective_for(model.family))
+        losses[name] = held_out_loss(model, source, objective_of(model))
     return losses
 
 
@@ -195,6 +223,7 @@ def summarise(
     losses: dict[str, float],
     static_seconds: float,
     dynamic_seconds: float,
+    base_seconds: float | None = None,
 ) -> dict[str, Any]:
     """Put what was measured into one record, one entry a model.
 
@@ -204,6 +233,7 @@ def summarise(
         losses: Held-out loss of base, static and dynamic.
         static_seconds: Of sampling with the static model.
         dynamic_seconds: Of sampling the same images with the dynamic model.
+        base_seconds: Of sampling them with the base model, where it is the control.
     """
     latency = profile["latency"]
     batch = latency["batch"]
@@ -214,7 +244,11 @@ def summarise(
     }
     dynamic = {"mmacs": profile["gmacs"] * 1e3, "ratio": ratio, "ms_per_image": latency["compact_ms"] / batch}
     models = {
-        "base": {**static, "loss": losses["base"], "sampling_seconds": None},
+        "base": {
+            **static,
+            "loss": losses["base"],
+            "sampling_seconds": base_seconds,
+        },
         "static": {**static, "loss": losses["static"], "sampling_seconds": static_seconds},
         "dynamic": {**dynamic, "loss": losses["dynamic"], "sampling_seconds": dynamic_seconds},
     }
@@ -248,12 +282,14 @@ def table(summary: dict[str, Any]) -> Table:
     for column in (
         "MMACs / forward",
         "ratio",
-        "ms / image",
+        f"ms / {summary['unit']}",
         f"s for {summary['images']} samples",
         "held-out loss",
     ):
         drawn.add_column(column, justify="right")
     for name, title in titles.items():
+        if name == "static" and summary["distilled"]:
+            continue
         entry = summary["models"][name]
         sampling = entry["sampling_seconds"]
         drawn.add_row(
@@ -275,5 +311,17 @@ def _section(recipe: Recipe, kind: type[AnySection]) -> AnySection:
     return section
 
 
-def _stage(number: int, what: str) -> None:
-    console.note(f"[{number}/7] {what}", style="bold")
+class _Stages:
+    """Says which stage of how many begins.
+
+    Args:
+        total: How many there are.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._done = 0
+
+    def __call__(self, what: str) -> None:
+        self._done += 1
+        console.note(f"[{self._done}/{self._total}] {what}", style="bold")

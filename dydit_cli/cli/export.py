@@ -19,6 +19,7 @@ EXAMPLES = (
     "dydit export --model runs/t --format diffusers --out runs/e",
     "dydit export --model runs/t --format diffusers --vae sd-vae-ft-ema --dtype bfloat16 --out runs/e",
     "dydit export --model runs/c --format static --out runs/static",
+    "dydit export --model runs/flux --pipeline FLUX.1-dev --out runs/e",
 )
 
 FILES_SHOWN = 12
@@ -40,11 +41,23 @@ def export(
     vae: Annotated[
         str | None, typer.Option(help="AutoencoderKL folder to put into the pipeline.", metavar="DIR")
     ] = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(
+            help="FLUX: local pipeline folder, whose text encoders, vae and schedule go into the export.",
+            metavar="DIR",
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="float32, bfloat16 or float16.", show_default="float32 (diffusers), as stored (others)"
+            help="float32, bfloat16 or float16.",
+            show_default="float32 (diffusers folders but FLUX's), as stored (others)",
         ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Ratio that the pipeline runs at, of a model trained for a range of them."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
     overwrite: Annotated[
@@ -57,8 +70,8 @@ def export(
 ) -> None:
     """Write a model for use elsewhere.
 
-    A diffusers folder runs in the stock DiTPipeline, with or without dydit; its model card shows the code. The other two formats are
-    one file in the layout of the original repository.
+    A diffusers folder runs in the stock DiTPipeline (FLUX: FluxPipeline), with or without dydit; its model card shows the code. The
+    other two formats are one file in the layout of the original repository, or the static folder that a FLUX was converted from.
     """
     from dydit_cli.recipe.schema import ExportSection
 

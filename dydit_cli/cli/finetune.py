@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ from dydit_cli.cli.progress import progress_bar
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from dydit_cli.data import Source
     from dydit_cli.families.dynamic_model import DynamicModel
     from dydit_cli.recipe.loading import Recipe
     from dydit_cli.recipe.schema import FinetuneSection
@@ -43,7 +44,8 @@ def finetune(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Image folder, IDX folder, .npz, ready latents, or fashion-mnist-subset.",
+            help="Image folder, IDX folder, .npz, ready latents, or fashion-mnist-subset; folder of videos or "
+            "moving-fashion-mnist for a video model.",
             metavar="PATH|NAME",
         ),
     ] = None,
@@ -71,6 +73,14 @@ def finetune(
         int | None,
         typer.Option(
             help="Steps that also train the complete model (XL).", show_default="0", rich_help_panel=SCHEDULE
+        ),
+    ] = None,
+    gating: Annotated[
+        str | None,
+        typer.Option(
+            help="gumbel (the paper) or annealed (noise on masks falls to nothing).",
+            show_default="gumbel",
+            rich_help_panel=SCHEDULE,
         ),
     ] = None,
     batch_size: Annotated[
@@ -165,7 +175,8 @@ def finetune_with_progress(section: FinetuneSection, recipe: Recipe | None = Non
         display = Display()
         with stop_requests() as request:
             for report in run.steps(
-                on_sample=grid_sampler(recipe), should_stop=lambda: request.signal is not None
+                on_sample=grid_sampler(recipe, run.data.held_out),
+                should_stop=lambda: request.signal is not None,
             ):
                 state = display.show(report)
                 progress.update(task, completed=report.step, state=state)
@@ -194,8 +205,9 @@ class Display:
         self._loss = (
             report.terms["denoising"] if first else 0.95 * self._loss + 0.05 * report.terms["denoising"]
         )
-        if report.ema_ratio is not None:
-            self._evaluated = f", EMA {report.ema_ratio:.3f}"
+        realised = report.ema_ratio if report.ema_ratio is not None else report.realised_ratio
+        if realised is not None:
+            self._evaluated = f", EMA {realised:.3f}"
         return (
             f"loss {self._loss:.4f}  ratio {report.trained_ratio:.3f}{self._evaluated} -> "
             f"{report.target:.3f}  "
@@ -243,7 +255,9 @@ def leave(run: FineTuning, section: FinetuneSection, request: StopRequest) -> No
     raise SystemExit(TERMINATED)
 
 
-def grid_sampler(recipe: Recipe | None) -> Callable[[DynamicModel, int, Path], None]:
+def grid_sampler(
+    recipe: Recipe | None, held_out: Source | None = None
+) -> Callable[[DynamicModel, int, Path], None]:
     """How a run draws its sample grids: as the recipe's sample section says, 16 images at most, from the
     same noise every time.
     """
@@ -267,17 +281,26 @@ def grid_sampler(recipe: Recipe | None) -> Callable[[DynamicModel, int, Path], N
         import torch
 
         from dydit_cli.artifacts import atomic_write
-        from dydit_cli.sampling.decoding import makes_pixels, to_uint8
+        from dydit_cli.data.conditions import conditions_of
+        from dydit_cli.families.text_condition import TextCondition
+        from dydit_cli.sampling.decoding import makes_pixels
         from dydit_cli.sampling.generate import generate
-        from dydit_cli.sampling.writing import image_grid, save_png
+        from dydit_cli.sampling.video_writing import picture_of
+        from dydit_cli.sampling.writing import save_png
 
-        samples = torch.cat([batch.samples for batch in generate(model, **settings)])
-        if not makes_pixels(samples.shape[1]):
+        given: dict[str, Any] = dict(settings)
+        if held_out is not None:
+            conditions = conditions_of(held_out, range(min(settings["num_images"], len(held_out))))
+            if isinstance(conditions, TextCondition):
+                # The prompts of held-out samples, without their pictures.
+                given["conditions"] = conditions
+        samples = torch.cat([batch.samples for batch in generate(model, **given)])
+        if not makes_pixels(samples.shape[-3]):
             # There is no autoencoder while training; three latent channels as colours show whether structure
             # emerges.
-            samples = samples[:, :3] / 3
+            samples = samples[..., :3, :, :] / 3
         with atomic_write(path) as temporary:
-            save_png(image_grid(to_uint8(samples).numpy()), temporary)
+            save_png(picture_of(samples), temporary)
 
     return draw
 
@@ -293,6 +316,15 @@ def summary(result: FinetuneResult) -> Table:
         f"{result.ratio:.4f} ± {result.ratio_standard_error:.4f} of attention and MLP MACs, target "
         f"{result.target_ratio:g} (averaged weights, {result.held_out_images} held-out images)",
     )
+    if result.trained_ratio is not None and result.target_ratio < 1:
+        table.add_row(
+            "ratio in training", f"{result.trained_ratio:.4f}, masks as the last steps trained them"
+        )
+    if result.uncalibrated_ratio is not None:
+        table.add_row(
+            "calibration",
+            f"{result.router_shift:+.3f} on all router logits; the ratio was {result.uncalibrated_ratio:.4f} on training samples",
+        )
     table.add_row(
         "active",
         f"{result.heads:.1%} of heads, {result.groups:.1%} of channel groups, {result.tokens:.1%} of tokens",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -50,6 +50,9 @@ def profile(
     preset: Annotated[
         str | None, typer.Option(help="A published size instead, such as dit-xl/2: the static model.")
     ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Ratio to run at, of a model trained for a range of them.")
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -92,6 +95,15 @@ def profile(
             "--compile/--no-compile",
             help="Time static and compact execution with blocks compiled by torch.compile.",
             show_default="no-compile",
+            rich_help_panel="Time and memory",
+        ),
+    ] = None,
+    graphs: Annotated[
+        bool | None,
+        typer.Option(
+            "--graphs/--no-graphs",
+            help="Time static and compact execution with steps recorded as CUDA graphs.",
+            show_default="no-graphs",
             rich_help_panel="Time and memory",
         ),
     ] = None,
@@ -144,7 +156,10 @@ def profile_with_progress(request: Request[ProfileSection]) -> tuple[ProfileRepo
     """Run a profile with a progress bar on stderr; return the report, and the files written if there is an ``out``."""
     from dydit_cli.artifacts.writing import refuse_existing
     from dydit_cli.devices import find_device
-    from dydit_cli.objectives import objective_for
+    from dydit_cli.execution.graphs import require_cuda
+    from dydit_cli.families.family import require
+    from dydit_cli.families.registry import family_of
+    from dydit_cli.objectives import objective_of
     from dydit_cli.profiling.inputs import find_inputs
     from dydit_cli.profiling.profile import profile as run
     from dydit_cli.profiling.token_maps import token_maps
@@ -155,6 +170,8 @@ def profile_with_progress(request: Request[ProfileSection]) -> tuple[ProfileRepo
     if section.out is not None:
         refuse_existing(section.out, section.overwrite)
     device = find_device(section.device)
+    if section.graphs:
+        require_cuda(device)
     with progress_bar() as progress:
         task = progress.add_task("building the model" if section.preset else "loading the model", total=None)
 
@@ -165,11 +182,21 @@ def profile_with_progress(request: Request[ProfileSection]) -> tuple[ProfileRepo
         inputs: Inputs | None = None
         if section.model is not None:
             folder = Path(section.model).expanduser()
-            inputs = find_inputs(model.geometry, section.data, folder, section.timesteps, section.seed)
+            if section.data is not None:
+                require(family_of(model), "--data")
+            inputs = find_inputs(
+                model.geometry,
+                section.data,
+                folder,
+                section.timesteps,
+                section.seed,
+                _prompt(model, section.seed),
+            )
         measure_trajectory, measure_latency = _affordable(section, model)
         trajectory_ratio = None
         if measure_trajectory and section.model is not None:
-            trajectory_ratio = _trajectory_ratio(model, request.recipe.get(SampleSection), section.seed, show)
+            sampling = request.recipe.get(SampleSection)
+            trajectory_ratio = _trajectory_ratio(model, sampling, inputs, section.seed, show)
         report = run(
             model,
             _settings(section, measure_latency),
@@ -182,7 +209,7 @@ def profile_with_progress(request: Request[ProfileSection]) -> tuple[ProfileRepo
             show("pictures", 0, 1)
             maps = None
             if inputs is not None and inputs.real:
-                maps = token_maps(model, inputs.source, objective_for(model.family), section.seed)
+                maps = token_maps(model, inputs.source, objective_of(model), section.seed)
             files = write_profile(
                 section.out,
                 report,
@@ -201,7 +228,9 @@ def _model(section: ProfileSection, device: torch.device) -> DynamicModel:
     if section.preset is None:
         from dydit_cli.artifacts import load_model
 
-        return load_model(Path(str(section.model)).expanduser(), device=device, convention="native")
+        return load_model(
+            Path(str(section.model)).expanduser(), device=device, convention="native", budget=section.budget
+        )
     from dydit_cli.families.registry import preset_named
 
     if section.data is not None:
@@ -209,6 +238,14 @@ def _model(section: ProfileSection, device: torch.device) -> DynamicModel:
     family, config = preset_named(section.preset)
     made = family.build(config).eval().requires_grad_(False).to(device)
     return made.set_execution("static")
+
+
+def _prompt(model: DynamicModel, seed: int) -> Any:
+    """What goes with noise in a model that reads prompts; None for a model that reads labels."""
+    import torch
+
+    _, condition = model.example_inputs(1, seed)
+    return None if isinstance(condition, torch.Tensor) else condition
 
 
 def _settings(section: ProfileSection, latency: bool) -> ProfileSettings:
@@ -224,6 +261,7 @@ def _settings(section: ProfileSection, latency: bool) -> ProfileSettings:
         latency_batch=section.latency_batch,
         repetitions=section.repetitions,
         compile=section.compile,
+        graphs=section.graphs,
         dtype=getattr(torch, section.dtype),
         seed=section.seed,
     )
@@ -231,27 +269,35 @@ def _settings(section: ProfileSection, latency: bool) -> ProfileSettings:
 
 def _affordable(section: ProfileSection, model: DynamicModel) -> tuple[bool, bool]:
     """Whether to sample and whether to time: as set, but on a CPU not for large models unless it was asked for."""
+    from dydit_cli.families.registry import family_of
     from dydit_cli.flops import macs_of
 
+    sampled = section.trajectory and "dydit sample" not in family_of(model).missing
     heavy = model.device.type == "cpu" and macs_of(model.geometry).total > HEAVY_GMACS * 1e9
     asked = section.model_fields_set
     return (
-        section.trajectory and ("trajectory" in asked or not heavy),
+        sampled and ("trajectory" in asked or not heavy),
         section.latency and ("latency" in asked or not heavy),
     )
 
 
 def _trajectory_ratio(
-    model: DynamicModel, sampling: SampleSection | None, seed: int, show: Progress
+    model: DynamicModel, sampling: SampleSection | None, inputs: Inputs | None, seed: int, show: Progress
 ) -> float:
-    """The mean ratio along sampling trajectories: those of the recipe's `sample` section, else 50 steps with guidance 1.5."""
+    """The mean ratio along sampling trajectories: those of the recipe's `sample` section, else 50 steps with the usual guidance."""
+    from dydit_cli.data.conditions import conditions_of
+    from dydit_cli.families.text_condition import TextCondition
     from dydit_cli.sampling.generate import generate
 
-    chosen = (
+    chosen: dict[str, Any] = (
         {}
         if sampling is None
         else sampling.model_dump(include={"steps", "guidance", "guidance_channels", "sampler"})
     )
+    if inputs is not None:
+        conditions = conditions_of(inputs.source, range(min(TRAJECTORY_IMAGES, len(inputs.source))))
+        if isinstance(conditions, TextCondition):
+            chosen["conditions"] = conditions
     ratios: list[float] = []
     for batch in generate(
         model,
@@ -300,9 +346,15 @@ def _say_how_sure(latency: LatencyReport, total_ratio: float) -> None:
 
 
 def _next_command(report: ProfileReport, section: ProfileSection) -> str:
+    from dydit_cli.families.registry import family_named
+
     if section.preset is not None:
         return f"dydit convert --checkpoint CHECKPOINT --family {report.model['family']} --out runs/converted"
+    missing = family_named(report.model["family"]).missing
+    if "dydit sample" in missing:
+        return missing["dydit sample"]
     model = shlex.quote(str(section.model))
     if report.ratio > 0.9999:  # untrained routers keep everything
         return f"dydit finetune --model {model} --data DATA --steps STEPS --target-ratio 0.5 --out runs/finetuned"
-    return f"dydit sample --model {model} --num-images 8 --out runs/samples"
+    what = "--prompt PROMPT --pipeline PIPELINE" if "text_tokens" in report.model else "--num-images 8"
+    return f"dydit sample --model {model} {what} --out runs/samples"

@@ -39,12 +39,17 @@ def summary(report: ProfileReport) -> Table:
 
 
 def _static_rows(report: ProfileReport) -> Iterator[tuple[str, str]]:
-    yield "MACs", f"{macs(report.static_gmacs)} an image, LayerNorm included (fvcore's convention)"
+    yield "MACs", f"{macs(report.static_gmacs)} {_one(report)}, LayerNorm included (fvcore's convention)"
     yield "", f"{macs(report.static_gmacs_without_layernorm)} without LayerNorm (torch's convention)"
     yield (
         "parameters",
         f"{_count(report.params.static)}, and {_count(report.params.routers)} of routers once converted",
     )
+
+
+def _one(report: ProfileReport) -> str:
+    """What a count is of."""
+    return "a video" if report.model.get("num_frames") else "an image"
 
 
 def _dynamic_rows(report: ProfileReport) -> Iterator[tuple[str, str]]:
@@ -58,7 +63,7 @@ def _dynamic_rows(report: ProfileReport) -> Iterator[tuple[str, str]]:
         )
     yield (
         "MACs",
-        f"{macs(report.gmacs)} of {macs(report.static_gmacs)} an image; without LayerNorm "
+        f"{macs(report.gmacs)} of {macs(report.static_gmacs)} {_one(report)}; without LayerNorm "
         f"{macs(report.gmacs_without_layernorm)} of {macs(report.static_gmacs_without_layernorm)}",
     )
     yield (

@@ -21,7 +21,10 @@ EXAMPLES = (
     "dydit sample --model runs/t --classes 0,1 --num-images 8 --steps 50 --guidance 1.5 --out runs/s",
     "dydit sample --model runs/t --num-images 50000 --steps 250 --vae sd-vae-ft-ema --batch-size 64 --out runs/fid",
     "dydit sample --model runs/t --execution static --out runs/s-static",
+    'dydit sample --model runs/flux --prompt "a fox in the snow" --pipeline FLUX.1-dev --steps 28 --out runs/s',
 )
+
+TEXT = "Text to image"
 
 
 def sample(
@@ -31,6 +34,35 @@ def sample(
     classes: Annotated[
         str | None, typer.Option(help="Labels, used in turn.", metavar="N,N,…", show_default="all in turn")
     ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="What to draw; | separates several prompts.", rich_help_panel=TEXT)
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="Prompts, one a line, used in turn.", metavar="FILE", rich_help_panel=TEXT),
+    ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="Conditions that `dydit prepare` wrote, in place of prompts.",
+            metavar="FOLDER",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(
+            help="Local FLUX pipeline: text encoders, vae and schedule.",
+            metavar="FOLDER",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(help="Pixels.", show_default="the model's", rich_help_panel=TEXT)
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Pixels.", show_default="the model's", rich_help_panel=TEXT)
+    ] = None,
     num_images: Annotated[int | None, typer.Option(help="Images to draw.", show_default="8")] = None,
     seed: Annotated[
         int | None, typer.Option(help="Image i depends on the seed and i alone.", show_default="0")
@@ -38,7 +70,7 @@ def sample(
     sampler: Annotated[
         str | None,
         typer.Option(
-            help="DiT: ddpm, ddim, dpm++. SiT: euler, heun, dopri5, sde.",
+            help="DiT: ddpm, ddim, dpm++. SiT: euler, heun, dopri5, sde. FLUX: euler.",
             show_default="ddpm or euler",
             rich_help_panel="Sampler",
         ),
@@ -54,16 +86,16 @@ def sample(
     guidance: Annotated[
         float | None,
         typer.Option(
-            help="Classifier-free guidance; 1 is none and runs half as many rows.",
-            show_default="1.5",
+            help="Classifier-free guidance; 1 is none and runs half as many rows. FLUX: its input.",
+            show_default="1.5; FLUX: 3.5",
             rich_help_panel="Sampler",
         ),
     ] = None,
     guidance_channels: Annotated[
         str | None,
         typer.Option(
-            help="first3 (as the originals) or all (as diffusers' pipelines).",
-            show_default="first3",
+            help="original (DiT and SiT three, Latte four), first3, or all (as diffusers' pipelines).",
+            show_default="original",
             rich_help_panel="Sampler",
         ),
     ] = None,
@@ -81,6 +113,31 @@ def sample(
             "--compile/--no-compile",
             help="Compile blocks with torch.compile (compact and static); needs a C++ compiler on a CPU.",
             show_default="no-compile",
+            rich_help_panel="Model",
+        ),
+    ] = None,
+    graphs: Annotated[
+        bool | None,
+        typer.Option(
+            "--graphs/--no-graphs",
+            help="Record steps as CUDA graphs (compact and static); needs a CUDA device.",
+            show_default="no-graphs",
+            rich_help_panel="Model",
+        ),
+    ] = None,
+    token_capacity: Annotated[
+        float | None,
+        typer.Option(
+            help="Room for this share of the tokens in MLPs (compact), for CUDA: shapes become static.",
+            show_default="none, or learned with --graphs",
+            rich_help_panel="Model",
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Ratio to run at, of a model trained for a range of them.",
+            show_default="as trained",
             rich_help_panel="Model",
         ),
     ] = None,
@@ -121,6 +178,19 @@ def sample(
             rich_help_panel="Model",
         ),
     ] = None,
+    video_formats: Annotated[
+        str | None,
+        typer.Option(
+            help="Some of mp4, gif, frames, grid.",
+            metavar="NAME,NAME,…",
+            show_default="mp4,gif,grid",
+            rich_help_panel="Video models",
+        ),
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(help="Frames a second.", show_default="8.0", rich_help_panel="Video models"),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
     overwrite: Annotated[
         bool | None,
@@ -132,7 +202,8 @@ def sample(
 ) -> None:
     """Draw images with a dynamic model.
 
-    Writes PNG files, a grid and samples.npz (for FID tools), or latents where the model works on them and no --vae is given.
+    Writes PNG files, a grid and samples.npz (for FID tools), or latents where the model works on them and no --vae is given;
+    of a video model, MP4 files, GIFs and grids.
     Image i is the same whatever the batch size up to rounding, so that runs of one seed can be compared image by image;
     --deterministic makes it the same bit for bit on one device.
     """
@@ -141,7 +212,7 @@ def sample(
     request = stage.resolve(context, SampleSection)
     report = sample_with_progress(request.section, request.recipe.to_yaml())
     if report.kind == "latents":
-        console.warn(f"the model makes latents, and no --vae was given: {report.out} holds no images.")
+        console.warn(f"the model makes latents, and no --vae was given: {report.out} holds no pictures.")
     if json:
         from dataclasses import asdict
 
@@ -170,11 +241,16 @@ def summary(report: SampleReport) -> Table:
     from rich.table import Table
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("images" if report.kind == "images" else "latents", f"{report.images}")
+    table.add_row(report.kind, f"{report.images}")
     steps = "steps of its own choice" if report.steps is None else f"{report.steps} steps"
-    table.add_row("sampler", f"{report.sampler}, {steps}, guidance {report.guidance:g}")
-    table.add_row("model calls", f"{report.evaluations:g} an image ({report.execution}, {report.dtype})")
-    table.add_row("time", f"{report.seconds:.1f} s, {report.images_per_second:.3g} images/s")
+    guidance = "" if report.guidance is None else f", guidance {report.guidance:g}"
+    table.add_row("sampler", f"{report.sampler}, {steps}{guidance}")
+    unit = "video" if report.kind == "videos" else "image"
+    table.add_row(
+        "model calls",
+        f"{report.evaluations:g} {'a' if unit == 'video' else 'an'} {unit} ({report.execution}, {report.dtype})",
+    )
+    table.add_row("time", f"{report.seconds:.1f} s, {report.images_per_second:.3g} {unit}s/s")
     table.add_row(
         "trajectory ratio", f"{report.trajectory_ratio:.3f} of the static model's attention and MLP MACs"
     )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 AnySection = TypeVar("AnySection", bound="Section")
 
-STAGES = ("convert", "finetune", "profile", "sample", "export")
+STAGES = ("prepare", "convert", "finetune", "profile", "sample", "evaluate", "export")
 
 
 def complete_recipe(incomplete: str) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 
 from dydit_cli.artifacts import artifact_folder, save_model, write_json, write_manifest
 from dydit_cli.artifacts.writing import refuse_existing
-from dydit_cli.checkpoints import Checkpoint, read_checkpoint
+from dydit_cli.checkpoints import Checkpoint, open_checkpoint
 from dydit_cli.checkpoints.builtin import PREFIX, builtin_models, builtin_path
+from dydit_cli.checkpoints.lazy import lazily
 from dydit_cli.conversion.importance import (
     RANKINGS,
     Importance,
@@ -24,16 +26,20 @@ from dydit_cli.conversion.importance import (
     write_importance,
 )
 from dydit_cli.conversion.insertion import build_from, order_of, set_order
-from dydit_cli.conversion.order import Grouping, UnitOrder, order_units
+from dydit_cli.conversion.order import Grouping, order_units
+from dydit_cli.conversion.streamed import write_streamed
 from dydit_cli.conversion.verification import Verification, verify
 from dydit_cli.data import open_data
 from dydit_cli.devices import find_device
 from dydit_cli.errors import DyditError, did_you_mean
 from dydit_cli.families.dynamic_model import DynamicModel
-from dydit_cli.families.family import Family, Hints
-from dydit_cli.families.registry import FAMILIES, family_named
+from dydit_cli.families.family import Family, Hints, Source, require
+from dydit_cli.families.registry import FAMILIES, family_named, family_of
 from dydit_cli.flops import macs_of, ratio_floor
-from dydit_cli.objectives import objective_for
+from dydit_cli.objectives import objective_of
+
+STREAMED = "rectified-flow"
+"""Objective of the families whose weights pass one by one: FLUX, whose files may be larger than memory."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, done, all)."""
@@ -53,6 +59,7 @@ class ConversionReport:
         static_gmacs: Of one forward pass of one image, LayerNorm included.
         ratio_floor: The least target that training can be given.
         verification: Largest differences between source and artifact.
+        loras: FLUX: adapters that were merged, with the number of layers that each changed.
     """
 
     out: str
@@ -65,6 +72,7 @@ class ConversionReport:
     static_gmacs: float
     ratio_floor: float
     verification: Verification
+    loras: tuple[dict[str, Any], ...] = ()
 
 
 def convert(
@@ -75,6 +83,9 @@ def convert(
     num_heads: int | None = None,
     num_groups: int | None = None,
     grouping: Grouping = "sorted",
+    width: str = "free",
+    lora: Sequence[str] = (),
+    axes_dims_rope: Sequence[int] | None = None,
     importance: str = "magnitude",
     importance_samples: int = 256,
     data: str | Path | None = None,
@@ -90,12 +101,15 @@ def convert(
     All units start switched on, so that the result computes what the source computes; it becomes faster by fine-tuning.
 
     Args:
-        checkpoint: File, folder, ``builtin:NAME``, or what `read_checkpoint` returned.
+        checkpoint: File, folder, ``builtin:NAME``, or what `open_checkpoint` or `read_checkpoint` returned.
         out: Folder of the artifact.
         family: ``dit``, ``sit``, or ``auto`` where the file alone decides.
         num_heads: Attention heads, where the width is not a published one.
         num_groups: MLP channel groups; as many as heads by default.
         grouping: ``sorted`` or ``contiguous`` channel groups.
+        width: ``free`` or ``ordered`` masks of heads and groups.
+        lora: FLUX: adapters merged before the ranking, ``FILE:SCALE`` each.
+        axes_dims_rope: FLUX: how a head's channels are shared among the rotary axes, where heads have other than 128.
         importance: ``magnitude``, ``taylor``, ``random``, or scores of an earlier conversion (file or folder).
         importance_samples: Samples of the Taylor ranking.
         data: Training data; only the Taylor ranking needs it.
@@ -113,9 +127,53 @@ def convert(
     refuse_existing(out, overwrite)
     say = on_progress or _silent
     say("reading the checkpoint", 0, 1)
-    read, hints = _read(checkpoint, Hints(num_heads, num_groups))
+    axes = None if axes_dims_rope is None else tuple(axes_dims_rope)
+    read, hints = _read(checkpoint, Hints(num_heads, num_groups, axes))
     chosen = choose_family(read, _builtin_family(checkpoint) if family == "auto" else family)
-    source = chosen.read(read.tensors, hints)
+    source = chosen.read(read.tensors, replace(hints, config={**read.config, **hints.config}))
+    source = replace(source, config={**source.config, **_builtin_sizes(checkpoint, chosen)})
+    if width != "free":
+        source = _with_width(chosen, source, width)
+    if lora and chosen.objective != STREAMED:
+        raise DyditError(
+            f"LoRAs cannot be merged into a {chosen.title}.",
+            why="Adapter files are read for FLUX, whose layers they name.",
+            fix="Leave out --lora, or merge it before.",
+        )
+    settings: dict[str, Any] = {
+        "checkpoint": str(read.path),
+        "family": chosen.name,
+        "grouping": grouping,
+        "width": width,
+        "lora": list(lora),
+        "importance": importance,
+        "importance_samples": importance_samples,
+        "data": None if data is None else str(data),
+        "seed": seed,
+        "max_shard_size": max_shard_size,
+    }
+    if chosen.objective == STREAMED:
+        with artifact_folder(out, overwrite=overwrite) as folder:
+            written = write_streamed(
+                folder,
+                chosen,
+                source,
+                loras=lora,
+                importance=importance,
+                importance_samples=importance_samples,
+                data=data,
+                grouping=grouping,
+                seed=seed,
+                device=device,
+                max_shard_size=max_shard_size,
+                say=say,
+            )
+            report = _report(
+                out, chosen, read, written.model, written.importance, grouping, written.verification
+            )
+            report = replace(report, loras=tuple(asdict(each) for each in written.loras))
+            _explain(folder, report, settings, read.path, recipe_yaml)
+        return report
     model = build_from(chosen, source, seed)
     _refuse_broken_weights(read)
     say("ranking heads and channels", 0, 1)
@@ -141,24 +199,44 @@ def convert(
             write_importance(folder, scores, order)
         say("verifying against the source", 0, 1)
         tensors = {key: tensor for key, tensor in source.tensors.items() if not key.endswith("_order")}
-        report = _report(out, chosen, read, model, scores, order, verify(folder, tensors, seed))
-        write_json(folder / "report.json", asdict(report))
-        settings = {
-            "checkpoint": str(read.path),
-            "family": chosen.name,
-            "num_heads": model.geometry.num_heads,
-            "num_groups": model.geometry.num_groups,
-            "grouping": grouping,
-            "importance": importance,
-            "importance_samples": importance_samples,
-            "data": None if data is None else str(data),
-            "seed": seed,
-            "max_shard_size": max_shard_size,
-        }
-        write_manifest(folder, stage="convert", settings=settings, parent=read.path, results=asdict(report))
-        if recipe_yaml is not None:
-            (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
+        method = scores.method if scores is not None else "imported"
+        report = _report(out, chosen, read, model, method, order.grouping, verify(folder, tensors, seed))
+        _explain(folder, report, settings, read.path, recipe_yaml)
     return report
+
+
+def _explain(
+    folder: Path, report: ConversionReport, settings: dict[str, Any], parent: Path, recipe_yaml: str | None
+) -> None:
+    """Write the report, the manifest and the recipe into the artifact."""
+    write_json(folder / "report.json", asdict(report))
+    units = {name: report.geometry[name] for name in ("num_heads", "num_groups")}
+    write_manifest(
+        folder, stage="convert", settings={**settings, **units}, parent=parent, results=asdict(report)
+    )
+    if recipe_yaml is not None:
+        (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
+
+
+def _with_width(family: Family, source: Source, width: str) -> Source:
+    """The source with routers of another kind.
+
+    Raises:
+        DyditError: If it has routers already, or is of a family that has one kind.
+    """
+    if source.dynamic:
+        raise DyditError(
+            f"The width of this file cannot be {width}.",
+            why="Its trained routers choose units freely.",
+            fix="Leave width out, or convert the static checkpoint.",
+        )
+    if "width" not in signature(family.model_class.__init__).parameters:
+        raise DyditError(
+            f"A {family.title} has no width '{width}'.",
+            why="Ordered routers are written for blocks of DiT's form (DiT, SiT, class-conditional Latte).",
+            fix="Leave width out.",
+        )
+    return replace(source, config={**source.config, "width": width})
 
 
 def _refuse_broken_weights(checkpoint: Checkpoint) -> None:
@@ -237,6 +315,7 @@ def rank(
     if importance == "random":
         return random(model.geometry, seed)
     if importance == "taylor":
+        require(family_of(model), "--importance taylor")
         if data is None:
             raise DyditError(
                 "The Taylor ranking needs data.",
@@ -248,7 +327,7 @@ def rank(
         scores = taylor(
             model,
             split.train,
-            objective_for(model.family),
+            objective_of(model),
             samples=samples,
             seed=seed,
             on_progress=lambda done, total: on_progress("ranking heads and channels", done, total),
@@ -269,12 +348,28 @@ def _read(checkpoint: str | Path | Checkpoint, hints: Hints) -> tuple[Checkpoint
     if isinstance(checkpoint, Checkpoint):
         return checkpoint, hints
     if not str(checkpoint).startswith(PREFIX):
-        return read_checkpoint(Path(checkpoint).expanduser()), hints
-    name = str(checkpoint).removeprefix(PREFIX)
-    path = builtin_path(name)
-    config = builtin_models()[name]["config"]
-    known = config["num_heads"] if isinstance(config, dict) else None
-    return read_checkpoint(path), Hints(hints.num_heads or known, hints.num_groups)
+        return open_checkpoint(Path(checkpoint).expanduser()), hints
+    config = _builtin_config(checkpoint)
+    heads = hints.num_heads or config.get("num_heads")
+    axes = hints.axes_dims_rope or config.get("axes_dims_rope")
+    path = builtin_path(str(checkpoint).removeprefix(PREFIX))
+    return open_checkpoint(path), replace(hints, num_heads=heads, axes_dims_rope=axes)
+
+
+def _builtin_config(checkpoint: str | Path | Checkpoint) -> dict[str, Any]:
+    """What is known of a shipped model beside its tensors."""
+    if isinstance(checkpoint, Checkpoint) or not str(checkpoint).startswith(PREFIX):
+        return {}
+    config = builtin_models().get(str(checkpoint).removeprefix(PREFIX), {}).get("config")
+    return dict(config) if isinstance(config, dict) else {}
+
+
+def _builtin_sizes(checkpoint: str | Path | Checkpoint, family: Family) -> dict[str, Any]:
+    """The reference resolution of a shipped FLUX, which no tensor of it tells."""
+    if family.objective != STREAMED:
+        return {}
+    config = _builtin_config(checkpoint)
+    return {name: config[name] for name in ("sample_size", "text_tokens") if name in config}
 
 
 def _builtin_family(checkpoint: str | Path | Checkpoint) -> str:
@@ -289,8 +384,8 @@ def _report(
     family: Family,
     read: Checkpoint,
     model: DynamicModel,
-    scores: Importance | None,
-    order: UnitOrder,
+    importance: str,
+    grouping: str,
     verification: Verification,
 ) -> ConversionReport:
     routers = sum(parameter.numel() for parameter in model.router_parameters())
@@ -302,13 +397,15 @@ def _report(
             "path": str(read.path),
             "copy": read.copy,
             "container": read.container,
+            "layout": family.layout(read.tensors),
+            "quantisation": read.quantisation,
             "tensors": len(read.tensors),
             "dtypes": dtypes_of(read),
         },
         geometry=asdict(model.geometry),
         params={"static": total - routers, "routers": routers, "total": total},
-        importance=scores.method if scores is not None else "imported",
-        grouping=order.grouping,
+        importance=importance,
+        grouping=grouping,
         static_gmacs=macs_of(model.geometry).total / 1e9,
         ratio_floor=ratio_floor(model.geometry),
         verification=verification,
@@ -317,7 +414,8 @@ def _report(
 
 def dtypes_of(checkpoint: Checkpoint) -> dict[str, str]:
     """The commonest type of the tensors under ``*``, and the keys that have another: what a static export restores."""
-    names = {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in checkpoint.tensors.items()}
+    specs = lazily(checkpoint.tensors).specs
+    names = {key: str(spec.dtype).removeprefix("torch.") for key, spec in specs.items()}
     common = Counter(names.values()).most_common(1)[0][0]
     return {"*": common} | {key: name for key, name in names.items() if name != common}
 

@@ -38,19 +38,18 @@ def build_from(family: Family, source: Source, seed: int) -> DynamicModel:
     tensors = {
         key: tensor if key.endswith("_order") else tensor.float() for key, tensor in source.tensors.items()
     }
-    check_fit(family, model.state_dict(), tensors, source)
+    check_fit(family, model, tensors, source)
     model.load_state_dict(tensors, strict=False)
     return model.eval()
 
 
-def check_fit(
-    family: Family, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: Source
-) -> None:
-    """Compare keys and shapes.
+def check_fit(family: Family, model: DynamicModel, found: Mapping[str, Tensor], source: Source) -> None:
+    """Compare keys and shapes with those of the model that the source's configuration makes.
 
     Raises:
         DyditError: With the first few of each kind of misfit.
     """
+    expected = model.state_dict()
     missing = [key for key in expected if key not in found and (source.dynamic or not is_ours(key))]
     # A dynamic file of the authors has no orders: its units stand in the order of their rank.
     missing = [key for key in missing if not key.endswith("_order")]
@@ -68,8 +67,8 @@ def check_fit(
         if names
     ]
     raise DyditError(
-        f"The checkpoint does not fit a {family.title} of {source.config['hidden_size']} channels and "
-        f"{source.config['num_layers']} blocks.",
+        f"The checkpoint does not fit a {family.title} of {model.geometry.hidden_size} channels and "
+        f"{model.geometry.depth} blocks.",
         why=f"Of its tensors, {', '.join(parts)}.",
         fix=f"Check --family and --num-heads; the layout expected is that of {family.reference_url}.",
     )

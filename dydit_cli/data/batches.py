@@ -1,7 +1,7 @@
 """Batches as a pure function of (seed, step): no iterator has a state, so resuming means naming the step.
 
 Position p = step * batch_size + i of the endless stream of samples belongs to epoch p // n, and is sample
-number p % n of that epoch's permutation.
+number p % n of that epoch's permutation. (Samples of several shapes go by `buckets.py` instead.)
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dydit_cli.data.mirror import MirrorRule
+from dydit_cli.data.buckets import BucketedOrder, buckets_of
+from dydit_cli.data.conditions import conditions_of
+from dydit_cli.data.mirror import MirrorRule, flipped_batch
 from dydit_cli.data.source import Source
 from dydit_cli.errors import DyditError
+from dydit_cli.families.text_condition import Condition
 from dydit_cli.randomness import generator, normal, uniform
 
 
@@ -24,14 +27,14 @@ class Batch:
     """What one step trains on.
 
     Attributes:
-        clean: (B, C, size, size) fp32, images in [-1, 1] or scaled latents.
-        labels: (B,) int64.
+        clean: (B, C, size, size) fp32, or (B, F, C, size, size) of videos; in [-1, 1], or scaled latents.
+        condition: (B,) class labels, or texts.
         indices: The samples' positions in the global batch; every draw of a sample is named by (seed, step,
             position).
     """
 
     clean: Tensor
-    labels: Tensor
+    condition: Condition
     indices: tuple[int, ...]
 
 
@@ -51,21 +54,27 @@ class TrainingBatches:
     seed: int
     mirror: MirrorRule
     _orders: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _bucketed: BucketedOrder | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        buckets = buckets_of(self.source)
+        if buckets is not None:
+            self._bucketed = BucketedOrder(buckets, self.batch_size, self.seed)
 
     def at(self, step: int) -> Batch:
         """The batch of the (0-based) ``step``, whatever was read before."""
         indices = tuple(range(self.batch_size))
-        chosen = [self._sample_at(step * self.batch_size + index) for index in indices]
+        chosen = self._samples_of(step)
 
         def draw(position: int, shape: tuple[int, ...]) -> Tensor:
             return normal(self.seed, shape, "posterior", step, position)
 
-        clean = self.source.batch(chosen, draw)
-        labels = self.source.labels[chosen]
-        for position, label in enumerate(labels.tolist()):
-            if self.mirror.allows(label) and float(uniform(self.seed, (), "mirror", step, position)) < 0.5:
-                clean[position] = clean[position].flip(-1)
-        return Batch(clean, labels, indices)
+        flips = [
+            self.mirror.allows(label) and float(uniform(self.seed, (), "mirror", step, position)) < 0.5
+            for position, label in enumerate(self.source.labels[chosen].tolist())
+        ]
+        clean = flipped_batch(self.source, chosen, draw, flips)
+        return Batch(clean, conditions_of(self.source, chosen), indices)
 
     def between(self, start: int, stop: int, num_workers: int = 0) -> Iterator[Batch]:
         """The batches of the steps from ``start`` to before ``stop``, read ahead by ``num_workers``
@@ -88,6 +97,11 @@ class TrainingBatches:
             if isinstance(item, _Failure):
                 raise DyditError(item.what, why=item.why, fix=item.fix)
             yield item
+
+    def _samples_of(self, step: int) -> list[int]:
+        if self._bucketed is not None:
+            return self._bucketed.at(step)
+        return [self._sample_at(step * self.batch_size + index) for index in range(self.batch_size)]
 
     def _sample_at(self, position: int) -> int:
         epoch, place = divmod(position, len(self.source))

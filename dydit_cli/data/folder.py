@@ -84,23 +84,37 @@ class ImageFolder:
         }
 
     def _read(self, path: Path) -> Tensor:
-        try:
-            with Image.open(path) as image:
-                pixels = np.array(centre_crop(image.convert(self.mode), self.size))
-        except (
-            UnidentifiedImageError,
-            OSError,
-            SyntaxError,
-            ValueError,
-            Image.DecompressionBombError,
-        ) as error:
-            raise DyditError(
-                f"The image {path} cannot be read.",
-                why=f"{type(error).__name__}: {error}.",
-                fix="Replace the file or remove it from the folder.",
-            ) from error
-        channels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-        return torch.from_numpy(np.ascontiguousarray(channels)).float().div_(127.5).sub_(1.0)
+        return as_pixels(centre_crop(opened_image(path, self.mode), self.size))
+
+
+def opened_image(path: Path, mode: str) -> Image.Image:
+    """Read an image file as grey (``L``) or colour (``RGB``).
+
+    Raises:
+        DyditError: if it is not a readable image; the file is named.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert(mode)
+    except (
+        UnidentifiedImageError,
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ) as error:
+        raise DyditError(
+            f"The image {path} cannot be read.",
+            why=f"{type(error).__name__}: {error}.",
+            fix="Replace the file or remove it from the folder.",
+        ) from error
+
+
+def as_pixels(image: Image.Image) -> Tensor:
+    """A grey or RGB image as (C, h, w) fp32 in [-1, 1]."""
+    pixels = np.array(image)
+    channels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(channels)).float().div_(127.5).sub_(1.0)
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dydit_cli.data.source import Draw, SampleGeometry
+from dydit_cli.data.source import Draw, SampleGeometry, VideoGeometry
 from dydit_cli.errors import DyditError
 
 
@@ -20,9 +20,9 @@ class ArrayImages:
     """Images in memory, kept in their own type and turned to [-1, 1] when read.
 
     Args:
-        images: (n, C, h, w); uint8, or floats in [-1, 1].
+        images: (n, C, h, w), or (n, F, C, h, w) of videos; uint8, or floats in [-1, 1].
         labels: (n,) int64.
-        padding: Pixels of black added on every side.
+        padding: Pixels of black added on every side of an image or frame.
         kind: Where they come from, for the manifest.
         path: The file or folder, for the manifest.
     """
@@ -90,6 +90,24 @@ def planar(images: NDArray[Any], where: Path, geometry: SampleGeometry) -> NDArr
             "converted.",
         )
     return images
+
+
+def planar_videos(videos: NDArray[Any], where: Path, geometry: VideoGeometry) -> NDArray[Any]:
+    """Bring (n, F, h, w), (n, F, h, w, C) or (n, F, C, h, w) videos to (n, F, C, h, w) and check them against the model.
+
+    Raises:
+        DyditError: for another number of dimensions, frames, resolution or channels than the model's.
+    """
+    frames = geometry.num_frames
+    if videos.ndim not in (4, 5) or videos.shape[1] != frames:
+        raise DyditError(
+            f"{where} holds videos of shape {tuple(videos.shape)}.",
+            why=f"The model takes {frames} frames: (n, {frames}, height, width), with channels after the width or before "
+            "the height.",
+            fix="Save clips of that length, or give the videos as files in a folder, from which clips are cut.",
+        )
+    images = planar(videos.reshape(-1, *videos.shape[2:]), where, geometry)
+    return images.reshape(len(videos), frames, *images.shape[1:])
 
 
 def in_unit_range(images: NDArray[Any], where: Path) -> NDArray[Any]:

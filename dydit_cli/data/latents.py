@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dydit_cli.data.source import Draw, SampleGeometry, checked_labels
+from dydit_cli.data.source import Draw, SampleGeometry, checked_labels, sample_shape
 from dydit_cli.errors import DyditError
 from dydit_cli.randomness import normal
 
@@ -60,7 +60,7 @@ class _ArrayRows:
 
 class Latents:
     """Latents of an autoencoder, as samples (n, C, h, w) or as posteriors (n, 2C, h, w), mean before log
-    variance.
+    variance; of videos (n, F, C, h, w) or (n, F, 2C, h, w).
 
     Args:
         rows: Where the numbers lie.
@@ -111,7 +111,7 @@ class Latents:
                 fix="Encode that image again in float32.",
             )
         if self.posterior:
-            mean, log_variance = stored.chunk(2, dim=1)
+            mean, log_variance = stored.chunk(2, dim=-3)
             # The clamp of Stable Diffusion's DiagonalGaussianDistribution.
             deviation = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
             shape = tuple(mean.shape[1:])
@@ -209,26 +209,25 @@ def read_safetensors(path: Path, geometry: SampleGeometry) -> Latents:
 def _checked(
     rows: _ArrayRows | _SafetensorsRows, labels: object, scale: float, path: Path, geometry: SampleGeometry
 ) -> Latents:
-    channels, size = geometry.in_channels, geometry.sample_size
-    if (
-        len(rows.shape) != 4
-        or rows.shape[1] not in (channels, 2 * channels)
-        or rows.shape[2:] != (size, size)
-    ):
+    *frames, channels, size, _ = sample_shape(geometry)
+    samples, posteriors = (*frames, channels, size, size), (*frames, 2 * channels, size, size)
+    if rows.shape[1:] not in (samples, posteriors):
         raise DyditError(
             f"{path} holds latents of shape {rows.shape}.",
-            why=f"The model takes (n, {channels}, {size}, {size}), or (n, {2 * channels}, {size}, {size}) "
+            why=f"The model takes (n, {', '.join(map(str, samples))}), or (n, {', '.join(map(str, posteriors))}) "
             "for means and log variances.",
-            fix="Encode the images at the resolution of the model, channels first.",
+            fix="Encode the videos frame by frame at the resolution of the model, frames before channels."
+            if frames
+            else "Encode the images at the resolution of the model, channels first.",
         )
-    if labels is None:
+    if labels is None and geometry.num_classes > 1:
         raise DyditError(
             f"{path} has no labels.",
             why=f"The model is class-conditional; labels are looked for under {', '.join(LABEL_NAMES)}.",
             fix="Store one integer a sample as `labels`.",
         )
     checked = checked_labels(labels, rows.shape[0], geometry.num_classes, path)
-    return Latents(rows, checked, scale=scale, posterior=rows.shape[1] == 2 * channels, path=path)
+    return Latents(rows, checked, scale=scale, posterior=rows.shape[1:] == posteriors, path=path)
 
 
 def _scale(stated: Mapping[str, Any], path: Path) -> float:

@@ -1,4 +1,4 @@
-"""``.npz`` files: images (images/labels, ADM's arr_0/arr_1, or x/y), or latents with their scale."""
+"""``.npz`` files: images or videos (images/labels, ADM's arr_0/arr_1, or x/y), or latents with their scale."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dydit_cli.data import latents
-from dydit_cli.data.images import ArrayImages, in_unit_range, planar
+from dydit_cli.data.images import ArrayImages, in_unit_range, planar, planar_videos
 from dydit_cli.data.latents import Latents
-from dydit_cli.data.source import SampleGeometry, checked_labels, refuse_images_for_latent_model
+from dydit_cli.data.source import (
+    SampleGeometry,
+    checked_labels,
+    of_video,
+    refuse_images_for_latent_model,
+    sample_shape,
+)
 from dydit_cli.errors import DyditError
 
 IMAGE_NAMES = ("images", "arr_0", "x")
@@ -43,7 +49,8 @@ def read_npz(path: Path, geometry: SampleGeometry, *, latent: bool) -> ArrayImag
     if latent:
         floats = [name for name in latents.LATENT_NAMES if name in arrays and arrays[name].dtype.kind == "f"]
         # Floats with the model's channels are latents that forgot their scale; anything else is pixels.
-        if floats and arrays[floats[0]].ndim == 4 and arrays[floats[0]].shape[1] % geometry.in_channels == 0:
+        found: tuple[int, ...] = arrays[floats[0]].shape if floats else ()
+        if len(found) == len(sample_shape(geometry)) + 1 and found[-3] % geometry.in_channels == 0:
             return latents.from_arrays(arrays, path, geometry)
         raise refuse_images_for_latent_model(path, geometry)
     return _images(arrays, path, geometry)
@@ -60,15 +67,17 @@ def _images(arrays: Mapping[str, NDArray[Any]], path: Path, geometry: SampleGeom
         )
     candidates = (*IMAGE_LABEL_NAMES[name], "labels", "y", "arr_1")
     label_name = next((candidate for candidate in candidates if candidate in arrays), None)
-    if label_name is None:
+    if label_name is None and geometry.num_classes > 1:
         raise DyditError(
             f"{path} has no labels.",
             why=f"The model is class-conditional; beside `{name}` the labels are "
             f"`{IMAGE_LABEL_NAMES[name][0]}`.",
             fix="Save one integer an image as `labels`.",
         )
-    images = planar(in_unit_range(arrays[name], path) if arrays[name].size else arrays[name], path, geometry)
-    labels = checked_labels(arrays[label_name], len(images), geometry.num_classes, path)
+    stored = in_unit_range(arrays[name], path) if arrays[name].size else arrays[name]
+    video = of_video(geometry)
+    images = planar(stored, path, geometry) if video is None else planar_videos(stored, path, video)
+    labels = checked_labels(arrays.get(label_name or ""), len(images), geometry.num_classes, path)
     return ArrayImages(images, labels, padding=0, kind="npz", path=path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from dydit_cli.errors import DyditError
 
 Draw = Callable[[int, tuple[int, ...]], Tensor]
-"""Standard normal noise of a shape for the k-th sample of a batch; only posterior latents use it."""
+"""Standard normal noise of a shape for the k-th sample of a batch; posterior latents and clips of videos use it."""
 
 
 class SampleGeometry(Protocol):
@@ -35,8 +35,32 @@ class SampleGeometry(Protocol):
         ...
 
 
+@runtime_checkable
+class VideoGeometry(SampleGeometry, Protocol):
+    """What data must know of a model that may take videos; see `of_video`."""
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of the input; 0 for images."""
+        ...
+
+
+def of_video(geometry: SampleGeometry) -> VideoGeometry | None:
+    """The geometry of a model that takes videos, None of one that takes images."""
+    return geometry if isinstance(geometry, VideoGeometry) and geometry.num_frames else None
+
+
+def sample_shape(geometry: SampleGeometry) -> tuple[int, ...]:
+    """(C, size, size), or (F, C, size, size) of videos."""
+    video = of_video(geometry)
+    image = (geometry.in_channels, geometry.sample_size, geometry.sample_size)
+    return image if video is None else (video.num_frames, *image)
+
+
 class Source(Protocol):
-    """Labelled samples in the model's input space: images in [-1, 1], or scaled latents.
+    """Labelled samples in the model's input space: images or videos in [-1, 1], or scaled latents.
+
+    Shapes are written for images; videos have a dimension of frames before the channels.
 
     Attributes:
         labels: (n,) int64.
@@ -105,9 +129,13 @@ class Subset:
 def checked_labels(labels: object, count: int, num_classes: int, where: Path) -> Tensor:
     """Return labels as (count,) int64.
 
+    A model without classes gives every sample the label 0; so does one of a single class to samples without labels.
+
     Raises:
         DyditError: if they are not whole numbers, not one a sample, or out of the model's range.
     """
+    if num_classes == 0 or (num_classes == 1 and labels is None):
+        return torch.zeros(count, dtype=torch.int64)
     array = np.asarray(labels)
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
@@ -138,12 +166,13 @@ def checked_labels(labels: object, count: int, num_classes: int, where: Path) ->
 
 
 def refuse_images_for_latent_model(where: Path, geometry: SampleGeometry) -> DyditError:
-    """The error for images handed to a model that lives in a VAE's latent space."""
+    """The error for images or videos handed to a model that lives in a VAE's latent space."""
+    kind = "images" if of_video(geometry) is None else "videos"
     return DyditError(
-        f"{where} holds images, but the model is trained on latents.",
+        f"{where} holds {kind}, but the model is trained on latents.",
         why=f"The model takes {geometry.in_channels} channels of "
         f"{geometry.sample_size}x{geometry.sample_size}: "
         "the latents of an autoencoder, not pixels.",
-        fix="Encode the images with the model's autoencoder and give the latents as .npz or .safetensors "
+        fix=f"Encode the {kind} with the model's autoencoder and give the latents as .npz or .safetensors "
         "(latents, labels and scale).",
     )

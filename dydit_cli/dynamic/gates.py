@@ -4,6 +4,7 @@
 * `GumbelGating`: training, a hard Gumbel-sigmoid sample with a straight-through gradient.
 * `CompleteGating`: everything on; the complete model is the static model.
 * `ImposedGating`: masks from elsewhere (tests of equality, benchmarks, replays).
+* `ShiftedTokenGating`: any of these, token logits moved by what a budget says of the block.
 * `FrozenWidthGating`: imposed widths, live tokens (an ODE solver keeps the widths of an interval).
 
 Source: DyDiT (arXiv 2410.03456), section 3, and the authors' released code.
@@ -34,6 +35,10 @@ class Gating(Protocol):
         """(B, R) logits of the channel groups that have a router row -> (B, R) mask."""
         ...
 
+    def context_groups(self, block: int, logits: Tensor) -> Tensor:
+        """The same for the text stream's own MLP, in blocks that have one."""
+        ...
+
     def tokens(self, block: int, logits: Tensor) -> Tensor:
         """(B, N) logits of the tokens -> (B, N) mask."""
         ...
@@ -62,6 +67,10 @@ class ThresholdGating:
         """See `Gating`."""
         return self._decide(logits)
 
+    def context_groups(self, block: int, logits: Tensor) -> Tensor:
+        """See `Gating`."""
+        return self._decide(logits)
+
     def tokens(self, block: int, logits: Tensor) -> Tensor:
         """See `Gating`."""
         return self._decide(logits)
@@ -79,6 +88,10 @@ class CompleteGating:
         """See `Gating`."""
         return torch.ones_like(logits)
 
+    def context_groups(self, block: int, logits: Tensor) -> Tensor:
+        """See `Gating`."""
+        return torch.ones_like(logits)
+
     def tokens(self, block: int, logits: Tensor) -> Tensor:
         """See `Gating`."""
         return torch.ones_like(logits)
@@ -92,11 +105,15 @@ class RoutingNoise:
 
     Attributes:
         heads: (B, L, H). groups: (B, L, G). tokens: (B, L, N).
+        context_groups: (B, L, G), for models with a text stream.
+
+    Of a model with ordered width, all heads of a block share one draw, and so do all groups: masks are prefixes in training too.
     """
 
     heads: Tensor
     groups: Tensor
     tokens: Tensor
+    context_groups: Tensor | None = None
 
     @classmethod
     def draw(
@@ -108,16 +125,18 @@ class RoutingNoise:
         device: torch.device | str | None = None,
     ) -> RoutingNoise:
         """Draw the noise of the samples with the global ``indices`` at ``step``; a function of its arguments alone."""
-        sizes = [
-            geometry.depth * size for size in (geometry.num_heads, geometry.num_groups, geometry.num_tokens)
-        ]
+        units = [geometry.num_heads, geometry.num_groups, geometry.num_tokens]
+        units += [geometry.num_groups] * geometry.has_context
+        sizes = [geometry.depth * size for size in units]
         rows = [torch.rand(sum(sizes), generator=generator(seed, "gumbel", step, index)) for index in indices]
         # log(u / (1 - u)) has the law of g1 - g2; u is kept off 0 and 1, where it would be infinite.
         uniform = torch.stack(rows).clamp(1e-7, 1 - 1e-7)
         logistic = torch.log(uniform) - torch.log1p(-uniform)
         parts = logistic.to(device=device).split(sizes, dim=1)
-        heads, groups, tokens = (part.unflatten(1, (geometry.depth, -1)) for part in parts)
-        return cls(heads, groups, tokens)
+        heads, groups, tokens, *context = (part.unflatten(1, (geometry.depth, -1)) for part in parts)
+        if geometry.ordered_width:
+            heads, groups, *context = (part[:, :, :1].expand_as(part) for part in (heads, groups, *context))
+        return cls(heads, groups, tokens, *context)
 
 
 @dataclass(frozen=True)
@@ -126,13 +145,22 @@ class GumbelGating:
 
     The temperature does not change the probability of keeping a unit, sigmoid(logit); it widens the gradient. At the paper's
     starting bias of 15 a temperature of 1 leaves a gradient of 3e-7 and no router ever moves; 5 leaves 9e-3.
+
+    Attributes:
+        noise: Of the batch.
+        temperature: Of the gradient.
+        scale: Of the noise. At 1 a unit is kept with probability sigmoid(logit), the paper's rule; at 0 it is kept where its logit
+            is above zero, as at evaluation, with the same straight-through gradient [ours].
+        budget: What the routers of a model with budgets are told instead of the model's own.
     """
 
     noise: RoutingNoise
     temperature: float = 5.0
+    scale: float = 1.0
+    budget: float | None = None
 
     def _sample(self, logits: Tensor, noise: Tensor) -> Tensor:
-        noisy = logits + noise.to(logits.device)
+        noisy = logits + self.scale * noise.to(logits.device)
         soft = torch.sigmoid(noisy / self.temperature)
         hard = (noisy > 0).float()
         # Written so that the value is exactly 0 or 1: (hard - soft) + soft would be off by rounding.
@@ -145,6 +173,12 @@ class GumbelGating:
     def groups(self, block: int, logits: Tensor) -> Tensor:
         """See `Gating`."""
         return self._sample(logits, self.noise.groups[:, block, -logits.shape[1] :])
+
+    def context_groups(self, block: int, logits: Tensor) -> Tensor:
+        """See `Gating`."""
+        if self.noise.context_groups is None:
+            raise TypeError("the noise was drawn for a model without a text stream")
+        return self._sample(logits, self.noise.context_groups[:, block, -logits.shape[1] :])
 
     def tokens(self, block: int, logits: Tensor) -> Tensor:
         """See `Gating`."""
@@ -164,6 +198,11 @@ class ImposedGating:
     def groups(self, block: int, logits: Tensor) -> Tensor:
         """See `Gating`."""
         return self.routing.blocks[block].groups.to(logits)
+
+    def context_groups(self, block: int, logits: Tensor) -> Tensor:
+        """See `Gating`. Masks without any for the text's MLP leave it complete."""
+        mask = self.routing.blocks[block].context_groups
+        return torch.ones_like(logits) if mask is None else mask.to(logits)
 
     def tokens(self, block: int, logits: Tensor) -> Tensor:
         """See `Gating`."""
@@ -189,6 +228,40 @@ class FrozenWidthGating:
         """See `Gating`."""
         return self.widths.blocks[block].groups.to(logits)
 
+    def context_groups(self, block: int, logits: Tensor) -> Tensor:
+        """See `Gating`. Masks without any for the text's MLP leave it complete."""
+        mask = self.widths.blocks[block].context_groups
+        return torch.ones_like(logits) if mask is None else mask.to(logits)
+
     def tokens(self, block: int, logits: Tensor) -> Tensor:
         """See `Gating`."""
         return self.live.tokens(block, logits)
+
+
+@dataclass(frozen=True)
+class ShiftedTokenGating:
+    """Decides as ``live`` does, the tokens of block l from logits moved by ``shifts[l]``.
+
+    Attributes:
+        live: Decides.
+        shifts: (L,).
+    """
+
+    live: Gating
+    shifts: Tensor
+
+    def heads(self, block: int, logits: Tensor) -> Tensor:
+        """See `Gating`."""
+        return self.live.heads(block, logits)
+
+    def groups(self, block: int, logits: Tensor) -> Tensor:
+        """See `Gating`."""
+        return self.live.groups(block, logits)
+
+    def context_groups(self, block: int, logits: Tensor) -> Tensor:
+        """See `Gating`."""
+        return self.live.context_groups(block, logits)
+
+    def tokens(self, block: int, logits: Tensor) -> Tensor:
+        """See `Gating`."""
+        return self.live.tokens(block, logits + self.shifts[block])

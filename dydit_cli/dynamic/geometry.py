@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from dydit_cli.dynamic.costs import LAYERNORM_MACS, BlockCost, SequentialBlockCost, Surroundings
 
@@ -30,6 +31,7 @@ class Geometry:
         num_classes: Classes without the null class.
         always_on: Whether the first head and group have no router row.
         num_frames: F of a video model; 0 for images, which have no axis of frames.
+        ordered_width: Whether width routers decide how many units are on, not which.
     """
 
     hidden_size: int
@@ -45,12 +47,22 @@ class Geometry:
     num_classes: int
     always_on: bool = True
     num_frames: int = 0
+    ordered_width: bool = False
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one input: (C_in, h, w), or (F, C_in, h, w) of a video."""
         image = (self.in_channels, self.sample_size, self.sample_size)
         return (self.num_frames, *image) if self.num_frames else image
+
+    @property
+    def has_context(self) -> bool:
+        """Whether some blocks have an MLP of their own for a text stream."""
+        return False
+
+    def with_tokens(self, count: int) -> Self:
+        """The geometry of a sample with ``count`` routed tokens, in families that take samples of any size."""
+        return self
 
     def attention_length(self, block: int) -> int:
         """Tokens that attend to each other in block number ``block``: all of an image's; in a video, blocks with an even number
@@ -72,7 +84,7 @@ class Geometry:
     def block_router_macs(self) -> tuple[float, ...]:
         """MACs of each block's three routers, for one sample."""
         inner = max(1, self.hidden_size // TOKEN_ROUTER_REDUCTION)
-        rows = self.num_heads + self.num_groups - 2 * int(self.always_on)
+        rows = self.num_heads + self.num_groups + 2 * (int(self.ordered_width) - int(self.always_on))
         macs = float(self.hidden_size * rows + self.num_tokens * (self.hidden_size * inner + inner))
         return (macs,) * self.depth
 

@@ -33,10 +33,12 @@ class WithinFrames:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(B, H, T, C_h) each -> (B, H, T, C_h)."""
-        # Heads and frames are both apart in attention, so that one axis may hold both.
-        apart = (part.unflatten(2, (self.frames, -1)).flatten(1, 2) for part in (query, key, value))
+        # Samples and frames become one axis; their tokens follow each other in memory, so that nothing is copied.
+        apart = (
+            part.unflatten(2, (self.frames, -1)).transpose(1, 2).flatten(0, 1) for part in (query, key, value)
+        )
         mixed: Tensor = F.scaled_dot_product_attention(*apart)
-        return mixed.unflatten(1, (-1, self.frames)).flatten(2, 3)
+        return mixed.unflatten(0, (len(query), self.frames)).transpose(1, 2).flatten(2, 3)
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,13 @@ class AcrossFrames:
         """(B, H, T, C_h) each -> (B, H, T, C_h)."""
         places = query.shape[2] // self.frames
         apart = (
-            part.unflatten(2, (self.frames, places)).transpose(2, 3).flatten(1, 2)
+            part.unflatten(2, (self.frames, places)).permute(0, 3, 1, 2, 4).flatten(0, 1)
             for part in (query, key, value)
         )
         mixed: Tensor = F.scaled_dot_product_attention(*apart)
-        return mixed.unflatten(1, (-1, places)).transpose(2, 3).flatten(2, 3)
+        # Copied once, in the order in which the output projection reads.
+        by_frame = mixed.unflatten(0, (len(query), places)).permute(0, 3, 1, 2, 4)
+        return by_frame.flatten(1, 2).transpose(1, 2)
 
 
 Sequences = WholeSequence | WithinFrames | AcrossFrames

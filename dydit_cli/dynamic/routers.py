@@ -1,28 +1,40 @@
-"""The three routers of a dynamic block. They give fp32 logits; gates (`dynamic/gates.py`) make masks of them.
+"""The routers of a dynamic block. They give fp32 logits; gates (`dynamic/gates.py`) make masks of them.
 
 Width (TDW): `HeadRouter` and `ChannelRouter` read the timestep embedding alone, so the widths of a whole schedule are known
-before sampling. Tokens (SDT): `TokenRouter` reads the residual stream after the attention residual.
+before sampling. Their ordered forms decide how many units are on, not which: `width_routers` chooses. Tokens (SDT):
+`TokenRouter` reads the residual stream after the attention residual.
 
 Source: DyDiT (arXiv 2410.03456), section 3; starting values as in the authors' released code.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dydit_cli.errors import DyditError, did_you_mean
+
 WIDTH_BIAS = 15.0
 TOKEN_BIAS = 35.0
+UNIT_GAP_BIAS = math.log(math.e - 1)
+"""Where softplus is 1."""
 
 
 def fp32_linear(layer: nn.Linear, inputs: Tensor) -> Tensor:
     """Apply ``layer`` in fp32 whatever its dtype and whatever autocast says: a decision must not depend on rounding."""
     if not torch.is_autocast_enabled(inputs.device.type):
         # Entering and leaving a context takes as long as the product of a small model.
-        return F.linear(inputs.float(), layer.weight.float(), layer.bias.float())
+        return F.linear(inputs.float(), in_fp32(layer.weight, inputs), in_fp32(layer.bias, inputs))
     with torch.autocast(device_type=inputs.device.type, enabled=False):
-        return F.linear(inputs.float(), layer.weight.float(), layer.bias.float())
+        return F.linear(inputs.float(), in_fp32(layer.weight, inputs), in_fp32(layer.bias, inputs))
+
+
+def in_fp32(parameter: Tensor, beside: Tensor) -> Tensor:
+    """A parameter in fp32 where ``beside`` is: offloading fetches a layer's weights when it is called, and here none is."""
+    return parameter.to(device=beside.device, dtype=torch.float32)
 
 
 class WidthRouter(nn.Module):
@@ -38,12 +50,21 @@ class WidthRouter(nn.Module):
         super().__init__()
         self.units = units
         self.always_on = always_on
-        self.linear = nn.Linear(hidden_size, units - int(always_on))
+        self.linear = nn.Linear(hidden_size, self.rows(units, always_on))
+
+    @staticmethod
+    def rows(units: int, always_on: bool) -> int:
+        """Rows of the linear layer."""
+        return units - int(always_on)
 
     def reset_parameters(self) -> None:
         """Xavier weights and a bias of 15, so that fine-tuning starts from the complete model."""
         nn.init.xavier_uniform_(self.linear.weight)
         nn.init.constant_(self.linear.bias, WIDTH_BIAS)
+
+    def shift(self, amount: float) -> None:
+        """Add ``amount`` to all logits."""
+        self.linear.bias.add_(amount)
 
     def forward(self, time_embedding: Tensor) -> Tensor:
         """(B, C) timestep embedding -> (B, R) fp32 logits."""
@@ -66,6 +87,63 @@ class ChannelRouter(WidthRouter):
     """TDW over the channel groups of the MLP."""
 
 
+class OrderedWidthRouter(WidthRouter):
+    """How many units are on, by their rank: logits descend, so that with the same noise for all units a mask is a prefix [ours].
+
+    l_k = a - sum over j <= k of softplus(b_j), with (a, b_1 ... b_R) = Linear(C, R + 1) of the timestep embedding. The expected
+    number of routed units is the sum over k of sigmoid(l_k).
+    """
+
+    @staticmethod
+    def rows(units: int, always_on: bool) -> int:
+        """See `WidthRouter`: one for a, one for each b."""
+        return units - int(always_on) + 1
+
+    def reset_parameters(self) -> None:
+        """Weights of zero, and biases at which units lie a logit apart and the last of them at 15, as a free one does.
+
+        Not xavier: a row that varies with t adds to the gaps of all units behind it, which would leave the start to chance.
+        """
+        nn.init.zeros_(self.linear.weight)
+        nn.init.constant_(self.linear.bias, UNIT_GAP_BIAS)
+        with torch.no_grad():
+            self.linear.bias[0] = WIDTH_BIAS + len(self.linear.bias) - 1
+
+    def shift(self, amount: float) -> None:
+        """See `WidthRouter`."""
+        self.linear.bias[0].add_(amount)
+
+    def forward(self, time_embedding: Tensor) -> Tensor:
+        """See `WidthRouter`."""
+        values = super().forward(time_embedding)
+        return values[:, :1] - F.softplus(values[:, 1:]).cumsum(dim=1)
+
+
+class OrderedHeadRouter(OrderedWidthRouter, HeadRouter):
+    """Ordered width over attention heads."""
+
+
+class OrderedChannelRouter(OrderedWidthRouter, ChannelRouter):
+    """Ordered width over the channel groups of the MLP."""
+
+
+def width_routers(width: str) -> tuple[type[HeadRouter], type[ChannelRouter]]:
+    """The classes for heads and groups: ``free`` (any set of units, the paper's) or ``ordered`` (the most important ones).
+
+    Raises:
+        DyditError: For another name.
+    """
+    if width == "free":
+        return HeadRouter, ChannelRouter
+    if width == "ordered":
+        return OrderedHeadRouter, OrderedChannelRouter
+    raise DyditError(
+        f"There is no width called '{width}'.",
+        why="Masks are either any set of units (free) or the most important ones (ordered).",
+        fix=did_you_mean(width, ("free", "ordered")) or "Pass free or ordered.",
+    )
+
+
 class TokenRouter(nn.Module):
     """SDT: Linear(C, C/16) -> ReLU -> Linear(C/16, 1) on every token of the residual stream (not normalised, not modulated)."""
 
@@ -82,6 +160,21 @@ class TokenRouter(nn.Module):
         nn.init.xavier_uniform_(self.score.weight)
         nn.init.constant_(self.score.bias, TOKEN_BIAS)
 
+    def shift(self, amount: float) -> None:
+        """Add ``amount`` to all logits."""
+        self.score.bias.add_(amount)
+
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, C) residual stream -> (B, N) fp32 logits."""
         return fp32_linear(self.score, F.relu(fp32_linear(self.reduce, tokens))).squeeze(-1)
+
+
+@torch.no_grad()
+def shift_routers(model: nn.Module, amount: float) -> None:
+    """Add ``amount`` to the logits of all routers of a model, in their biases: a dial that is stored.
+
+    Routers are the modules whose name ends in ``_router``.
+    """
+    for name, module in model.named_modules():
+        if name.endswith("_router"):
+            module.shift(amount)

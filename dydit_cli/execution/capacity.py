@@ -3,8 +3,8 @@
 Gathering needs the number of kept tokens on the host, which on a GPU makes the host wait in every block and rules out CUDA graphs.
 Here every block's MLP has room for a fixed number of tokens, its capacity: the kept ones in their order, then others, whose update
 is zero. Where more are kept than there is room for, the update of the rest is missing, and a flag on the device says so. The flags
-of a forward are read together, once, at its end; if one is set, the forward is repeated with gathering. So the result is right in
-any case, and what an overflow costs is time.
+of a step are read together, once, at its end; if one is set, the step is repeated with gathering. So the result is right in any
+case, and what an overflow costs is time.
 
 For CPUs gathering is the better choice: waiting costs nothing there, and room that is not used still costs multiplications. None of
 this was measured on a GPU.
@@ -13,7 +13,7 @@ this was measured on a GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dydit_cli.errors import DyditError
-from dydit_cli.execution.compact import CompactExecutor, Result
-from dydit_cli.execution.interface import BlockWidth, DynamicBlock, Modulation, modulate
+from dydit_cli.execution.compact import CompactExecutor
+from dydit_cli.execution.interface import BlockWidth, DynamicBlock, Modulation, Step, StepRunner, modulate
 from dydit_cli.execution.plan import CompactWidth
 from dydit_cli.execution.slabs import Slice
 
@@ -65,7 +65,7 @@ def select_rows(keep: Tensor, capacity: int) -> Selection:
     return Selection(index, keep.index_select(0, index), total > capacity)
 
 
-def mlp_rows(rows: Tensor, weights: Slice) -> Tensor:
+def group_rows(rows: Tensor, weights: Slice) -> Tensor:
     """(R, C) through the active groups of an MLP."""
     hidden = F.gelu(F.linear(rows, weights.entry, weights.entry_bias), approximate="tanh")
     return torch.addmm(weights.leave_bias, hidden, weights.leave)
@@ -99,25 +99,45 @@ def update_with_capacity(
         modulation.shift.index_select(0, sample),
         modulation.scale.index_select(0, sample),
     )
-    update = modulation.gate.index_select(0, sample) * mlp_rows(inputs, weights)
+    update = modulation.gate.index_select(0, sample) * group_rows(inputs, weights)
     # Chosen, not multiplied: a token that is not kept may have an update that is not finite.
     after = torch.where(found.valid[:, None], (before + update).to(flat.dtype), before)
     return flat.index_copy(0, found.rows, after).view(batch, length, channels), found.overflow
 
 
+def update_all(
+    block: DynamicBlock, tokens: Tensor, modulation: Modulation, keep: Tensor, weights: Slice
+) -> Tensor:
+    """The same with room for all tokens: none is moved, and those that are not kept stay as they were."""
+    inputs = modulate(block.norm2(tokens), modulation.shift[:, None], modulation.scale[:, None])
+    update = modulation.gate[:, None] * group_rows(inputs.flatten(0, 1), weights).view(tokens.shape)
+    return torch.where(keep[:, :, None], (tokens + update).to(tokens.dtype), tokens)
+
+
 @dataclass
 class Overflow:
-    """The flags of a forward, on the device until somebody asks."""
+    """The room of a forward's blocks, and their flags, which stay on the device until somebody asks.
 
+    Attributes:
+        rooms: Tokens that there is room for, by the identity of the MLP; for others the executor's share counts.
+        flags: Whether there were more, one a block so far.
+    """
+
+    rooms: Mapping[int, int] = field(default_factory=dict)
     flags: list[Tensor] = field(default_factory=list)
 
+    def flag(self) -> Tensor | None:
+        """() whether any block had more tokens than room, on the device; None if no block asked."""
+        return torch.stack(self.flags).any() if self.flags else None
+
     def happened(self) -> bool:
-        """Whether any block had more tokens than room. This waits for the device."""
-        return bool(self.flags) and bool(torch.stack(self.flags).any())
+        """The same on the host. This waits for the device."""
+        flag = self.flag()
+        return flag is not None and bool(flag)
 
 
-class CapacityExecutor(CompactExecutor):
-    """Compact execution whose token selection has static shapes inside `run`; outside it gathers, as its base does.
+class CapacityExecutor(CompactExecutor, StepRunner):
+    """Compact execution whose token selection has static shapes; a step in which the room was too small is run again and gathers.
 
     Args:
         share: Of a batch's tokens, how many each block's MLP has room for; 1 never overflows and saves no token.
@@ -125,7 +145,7 @@ class CapacityExecutor(CompactExecutor):
         table_budget: See `CompactExecutor`.
 
     Attributes:
-        overflows: Forwards that had to be repeated.
+        overflows: Steps that had to be repeated.
 
     Raises:
         DyditError: If ``share`` is not in (0, 1].
@@ -147,25 +167,28 @@ class CapacityExecutor(CompactExecutor):
         """A copied or pickled model packs its own weights."""
         return type(self), (self.share, self._slice_budget, self._table_budget)
 
-    def run(self, forward: Callable[[], Result]) -> Result:
-        """Call ``forward``, which runs a model with this executor, without waiting for the device until it is done.
-
-        If a block had too little room, it is called again and gathers. It must give the same when it is called twice.
-        """
+    def run_step(self, step: Step) -> tuple[Tensor, ...]:
+        """See `StepRunner`. The host waits for the device once, at the end."""
         with self.static_shapes() as overflow:
-            result = forward()
+            outputs = step.run()
         if not overflow.happened():
-            return result
-        self.overflows += 1
-        return forward()
+            return outputs
+        self.count_overflow()
+        return step.run()
+
+    def count_overflow(self) -> None:
+        """Note that a step is repeated."""
+        with self._lock:
+            self.overflows += 1
 
     @contextmanager
-    def static_shapes(self) -> Iterator[Overflow]:
-        """What `run` does, for those who capture a graph: inside, shapes are static; what comes out collects the flags.
+    def static_shapes(self, rooms: Mapping[int, int] | None = None) -> Iterator[Overflow]:
+        """Inside, shapes are static; what comes out collects the flags, and the result holds only if none of them is set.
 
-        A result is only valid if `Overflow.happened` is false for it.
+        Args:
+            rooms: See `Overflow`.
         """
-        overflow = Overflow()
+        overflow = Overflow(rooms or {})
         before = self._running.set(overflow)
         try:
             yield overflow
@@ -185,9 +208,15 @@ class CapacityExecutor(CompactExecutor):
             if part.rows is not None:
                 chosen, kept = tokens[part.rows], kept[part.rows]
                 values = Modulation(*(v[part.rows] for v in (values.shift, values.scale, values.gate)))
-            capacity = capacity_of(self.share, kept.numel())
-            run = partial(update_with_capacity, block, chosen, values, kept, capacity)
-            updated, flag = self._run(block.mlp, part.active, width, run)
-            overflow.flags.append(flag)
+            capacity = overflow.rooms.get(id(block.mlp), 0) if part.rows is None else 0
+            capacity = capacity or capacity_of(self.share, kept.numel())
+            if capacity < kept.numel():
+                run = partial(update_with_capacity, block, chosen, values, kept, capacity)
+                updated, flag = self._run(block.mlp, part.active, width, run)
+                overflow.flags.append(flag)
+            else:
+                updated = self._run(
+                    block.mlp, part.active, width, partial(update_all, block, chosen, values, kept)
+                )
             output = updated if part.rows is None else output.index_copy(0, part.rows, updated)
         return output

@@ -25,9 +25,9 @@ from dydit_cli.execution.interface import (
     DynamicBlock,
     Modulation,
     RoutedBlock,
-    StepModulation,
+    add_gated,
     live_widths,
-    modulate,
+    modulated,
 )
 from dydit_cli.execution.modulation import ModulationTable, values_of_batch
 from dydit_cli.execution.plan import (
@@ -39,7 +39,8 @@ from dydit_cli.execution.plan import (
     grouped,
     mixed,
 )
-from dydit_cli.execution.slabs import SlabStore, Slice
+from dydit_cli.execution.slabs import SlabStore, Slice, SlicedLayer
+from dydit_cli.execution.streams_compact import CompactStreams
 from dydit_cli.execution.watch import Watch
 
 Result = TypeVar("Result")
@@ -53,21 +54,7 @@ def parts_of(mask: Tensor, device: torch.device) -> tuple[Part, ...]:
     return grouped(active_units(mask), device)
 
 
-def modulated(inputs: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """`modulate` in one pass over the activations; in fp32 alone, because decisions in bf16 would see fewer roundings than dense."""
-    if inputs.dtype == shift.dtype == torch.float32:
-        return torch.addcmul(shift, inputs, 1 + scale)
-    return modulate(inputs, shift, scale)
-
-
-def add_gated(tokens: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """tokens + gate * update, in one pass; see `modulated`."""
-    if tokens.dtype == gate.dtype == update.dtype == torch.float32:
-        return torch.addcmul(tokens, gate, update)
-    return tokens + gate * update
-
-
-class CompactExecutor:
+class CompactExecutor(CompactStreams):
     """Runs only what is on.
 
     Args:
@@ -100,6 +87,14 @@ class CompactExecutor:
     def copied_bytes(self) -> int:
         """Bytes of weights copied so far, for slices and swaps; packing is not counted."""
         return self._store.copied_bytes
+
+    def pack(self, model: ConditionedModel) -> None:
+        """Pack all weights now; the first forward does so otherwise."""
+        blocks = list(model.dynamic_blocks)
+        self._verify(blocks, model)
+        for block in blocks:
+            for layer, _ in block.sliced_layers():
+                self._store.slice(layer, ())
 
     def release(self) -> None:
         """Free the packed weights and the plan; the next forward packs again."""
@@ -136,7 +131,7 @@ class CompactExecutor:
             if not len(times):
                 self._plan = WidthPlan(gating.keep_bias)
                 return self._plan
-            live = live_widths(blocks, model.embed_time(times), gating)
+            live = live_widths(blocks, model.router_input(model.embed_time(times)), gating)
             actives = [[active_units(mask.cpu()) for mask in width.masks] for width in live]
             steps = {
                 t: PlannedStep(
@@ -146,7 +141,7 @@ class CompactExecutor:
                 )
                 for step, t in enumerate(times.tolist())
             }
-            schedule: list[tuple[nn.Module, list[tuple[int, ...]]]] = [
+            schedule: list[tuple[SlicedLayer, list[tuple[int, ...]]]] = [
                 (layer, active[place])
                 for block, active in zip(blocks, actives, strict=True)
                 for layer, place in block.sliced_layers()
@@ -184,13 +179,18 @@ class CompactExecutor:
 
     def modulation(
         self, model: ConditionedModel, timesteps: Sequence[float], labels: tuple[int, ...], times: Tensor
-    ) -> StepModulation | None:
-        """adaLN values of a batch from the plan, or computed once a distinct pair; None if the batch gains nothing by either."""
+    ) -> Tensor | None:
+        """(B, (6L + 2) * C) adaLN values of a batch from the plan, or computed once a distinct pair of timestep and label.
+
+        None if the batch gains nothing by either; see `StepModulation.of` for their order.
+        """
+        values = self.tabled(timesteps, labels)
+        return values_of_batch(model, timesteps, labels, times) if values is None else values
+
+    def tabled(self, timesteps: Sequence[float], labels: tuple[int, ...]) -> Tensor | None:
+        """(B, (6L + 2) * C) adaLN values of a batch from the plan's table, if it holds them all."""
         plan = self._plan
-        values = plan.modulation.find(timesteps, labels) if plan is not None and plan.modulation else None
-        if values is None:
-            values = values_of_batch(model, timesteps, labels, times)
-        return StepModulation.of(values, len(model.dynamic_blocks)) if values is not None else None
+        return plan.modulation.find(timesteps, labels) if plan is not None and plan.modulation else None
 
     def labels_of(self, labels: Tensor, null: int) -> tuple[int, ...]:
         """Labels on the host, those beyond the classes as the ``null`` class.
@@ -270,7 +270,7 @@ class CompactExecutor:
 
     def _run(
         self,
-        layer: nn.Module,
+        layer: SlicedLayer,
         active: tuple[int, ...],
         width: BlockWidth,
         compute: Callable[[Slice], Result],

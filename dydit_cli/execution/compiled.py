@@ -26,6 +26,7 @@ from dydit_cli.dynamic.gates import (
     FrozenWidthGating,
     Gating,
     ImposedGating,
+    ShiftedTokenGating,
     ThresholdGating,
 )
 from dydit_cli.dynamic.layers import Sequences
@@ -172,6 +173,29 @@ def static_block(
 # ------------------------------------------------------------------ compiling and calling them
 
 
+class GraphBySequences:
+    """A function compiled for itself for each way in which tokens attend to each other: what torch learns of sizes under one, and
+    the graphs that it counts, are not those of another.
+
+    Args:
+        function: See `FullGraph`.
+        backend: Of `torch.compile`.
+    """
+
+    def __init__(self, function: Callable[..., Any], backend: Backend) -> None:
+        self._function = function
+        self._backend = backend
+        self._graphs: dict[Sequences, FullGraph] = {}
+
+    def __call__(self, *arguments: object, sequences: Sequences) -> Any:
+        """Call it with ``sequences`` as its last argument; see `FullGraph`."""
+        graph = self._graphs.get(sequences)
+        if graph is None:
+            # Of two threads that come here at once, one compiles for nothing.
+            graph = self._graphs.setdefault(sequences, FullGraph(self._function, self._backend))
+        return graph(*arguments, sequences)
+
+
 class FullGraph:
     """A function compiled as one graph; settings of torch are changed for the length of a call and of its thread alone.
 
@@ -249,6 +273,9 @@ def token_offsets(gating: Gating, index: int, tokens: Tensor) -> Tensor | None:
     """(B, N) fp32: what a gating adds to the token logits of block ``index`` before their sign decides; None if it does more."""
     while isinstance(gating, FrozenWidthGating):
         gating = gating.live
+    if type(gating) is ShiftedTokenGating:
+        unmoved = token_offsets(gating.live, index, tokens)
+        return None if unmoved is None else unmoved + gating.shifts[index]
     shape, infinity = tokens.shape[:2], float("inf")
     # Exact types: a subclass may decide otherwise.
     if type(gating) is ThresholdGating:
@@ -282,7 +309,7 @@ class CompiledCompactExecutor(CompactExecutor, BlockCompiler):
     ) -> None:
         super().__init__(slice_budget, table_budget)
         self._backend = backend
-        self._graph = FullGraph(compact_block, backend)
+        self._graph = GraphBySequences(compact_block, backend)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or pickled model packs and compiles its own."""
@@ -320,7 +347,7 @@ class CompiledCompactExecutor(CompactExecutor, BlockCompiler):
                 offsets,
                 block.attn.head_dim,
                 block.norm1.eps,
-                block.attn.sequences,
+                sequences=block.attn.sequences,
             )
             return found
 
@@ -341,7 +368,7 @@ class CompiledStaticExecutor(StaticExecutor, BlockCompiler):
 
     def __init__(self, backend: Backend = "inductor") -> None:
         self._backend = backend
-        self._graph = FullGraph(static_block, backend)
+        self._graph = GraphBySequences(static_block, backend)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copied or pickled model compiles its own."""
@@ -371,6 +398,6 @@ class CompiledStaticExecutor(StaticExecutor, BlockCompiler):
             weights,
             block.attn.num_heads,
             block.norm1.eps,
-            block.attn.sequences,
+            sequences=block.attn.sequences,
         )
         return None if found is None else (found, self.select(block.token_router, tokens, gating, index))

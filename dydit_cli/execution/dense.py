@@ -18,9 +18,10 @@ from dydit_cli.execution.interface import (
     mlp_with,
     modulate,
 )
+from dydit_cli.execution.streams_dense import DenseStreams
 
 
-class DenseExecutor:
+class DenseExecutor(DenseStreams):
     """Multiplies by masks. With all units on, it is the static model bit for bit: a product with one is exact."""
 
     name = "dense"

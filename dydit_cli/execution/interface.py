@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dydit_cli.dynamic.gates import Gating
 from dydit_cli.dynamic.layers import DynamicAttention, DynamicMlp
 from dydit_cli.dynamic.routers import ChannelRouter, HeadRouter, TokenRouter
+from dydit_cli.execution.slabs import SlicedLayer
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,20 @@ def modulate(inputs: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return inputs * (1 + scale) + shift
 
 
+def modulated(inputs: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`modulate` in one pass over the activations; in fp32 alone, because decisions in bf16 would see fewer roundings than dense."""
+    if inputs.dtype == shift.dtype == torch.float32:
+        return torch.addcmul(shift, inputs, 1 + scale)
+    return modulate(inputs, shift, scale)
+
+
+def add_gated(tokens: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """tokens + gate * update, in one pass; see `modulated`."""
+    if tokens.dtype == gate.dtype == update.dtype == torch.float32:
+        return torch.addcmul(tokens, gate, update)
+    return tokens + gate * update
+
+
 @dataclass(frozen=True)
 class BlockWidth:
     """The width of one block in one forward pass: (B, H) and (B, G) masks by rank, always-on units included.
@@ -87,7 +103,7 @@ class RoutedBlock(Protocol):
         """Everything on, for as many samples as the (B, C) embedding has; no router is asked."""
         ...
 
-    def sliced_layers(self) -> Sequence[tuple[nn.Module, int]]:
+    def sliced_layers(self) -> Sequence[tuple[SlicedLayer, int]]:
         """The layers whose weights are sliced, each with the place in `BlockWidth.masks` of the mask that says how."""
         ...
 
@@ -135,6 +151,56 @@ class Executor(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Step:
+    """What is left of a forward once its widths are decided: a function of tensors that gives the same when called again.
+
+    Attributes:
+        model: Whose weights are read.
+        blocks: Its blocks.
+        widths: Of each block.
+        gating: Decides the tokens.
+        sample: (B, ...) noisy samples.
+        condition: (B, C), from which blocks compute adaLN values; None if these are known.
+        modulation: (B, (6L + 2) * C) adaLN values, or None.
+        compute: Sample, condition and adaLN values -> the prediction, then of each block the (B, T) mask of the tokens that
+            entered its MLP.
+    """
+
+    model: nn.Module
+    blocks: Sequence[DynamicBlock]
+    widths: Sequence[BlockWidth]
+    gating: Gating
+    sample: Tensor
+    condition: Tensor | None
+    modulation: Tensor | None
+    compute: Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, ...]]
+
+    def run(self) -> tuple[Tensor, ...]:
+        """Compute it."""
+        return self.compute(self.sample, self.condition, self.modulation)
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The tensors that it is a function of."""
+        given = (self.sample, self.condition, self.modulation)
+        return tuple(tensor for tensor in given if tensor is not None)
+
+    def of(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Compute it for other tensors like `inputs`."""
+        given = iter(inputs)
+        places = (self.sample, self.condition, self.modulation)
+        return self.compute(*(None if place is None else next(given) for place in places))  # type: ignore[arg-type]
+
+
+class StepRunner:
+    """An executor that is handed a whole step, to run it in its own way or more than once."""
+
+    def run_step(self, step: Step) -> tuple[Tensor, ...]:
+        """What `Step.run` gives."""
+        raise NotImplementedError
+
+
 class ConditionedModel(Protocol):
     """What a plan needs of a model."""
 
@@ -149,6 +215,10 @@ class ConditionedModel(Protocol):
 
     def embed_time(self, timestep: Tensor) -> Tensor:
         """(S,) t as `forward` receives it -> (S, C) timestep embeddings."""
+        ...
+
+    def router_input(self, time_embedding: Tensor) -> Tensor:
+        """(S, C) timestep embeddings -> (S, C), what the width routers read."""
         ...
 
     def embed_labels(self, labels: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import singledispatch
 from threading import Lock
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,20 +23,37 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from dydit_cli.dynamic.layers import DynamicAttention, DynamicMlp
 from dydit_cli.errors import DyditError
+from dydit_cli.execution.effective import adapter_state, effective
 from dydit_cli.execution.policies import ActiveUnits, Arrangement, LayerSchedule, arrange
 
 Stamp = tuple[Hashable, ...]
 
 
-def stamp_of(module: nn.Module) -> Stamp:
-    """Identify the present values of a module's tensors: storage, in-place version and dtype of each.
+class SlicedLayer(Protocol):
+    """A module, or a part of modules, whose weights are sliced by unit; `pack` says how."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Everything whose own tensors it computes with."""
+        ...
+
+
+def stamp_of(layer: SlicedLayer) -> Stamp:
+    """Identify the present values of a layer's tensors: storage, in-place version and dtype of each, and which adapters are in use.
 
     Loading, casting, moving and editing in place change one of these. A weak reference names the storage, because an address
     is given to another tensor once its owner is gone. Writing through ``.data`` changes none: see `watch.py`. Tensors made
     under inference mode have no version.
     """
-    tensors = [*module.parameters(), *module.buffers()]
-    return tuple(
+    modules = list(layer.modules())
+    tensors = [
+        tensor
+        for module in modules
+        for held in (module._parameters, module._buffers)
+        for tensor in held.values()
+        if tensor is not None
+    ]
+    adapters = tuple(state for state in map(adapter_state, modules) if state is not None)
+    return adapters + tuple(
         (
             StorageWeakRef(tensor.untyped_storage()),
             tensor.storage_offset(),
@@ -68,19 +86,8 @@ class Slabs:
         return sum(part.numel() * part.element_size() for part in (self.entry, self.entry_bias, self.leave))
 
 
-def require_plain(*layers: nn.Module) -> None:
-    """Raise a `DyditError` unless the weights of ``layers`` are all that they compute with."""
-    for layer in layers:
-        if not isinstance(layer, nn.Linear) or not layer.weight.is_floating_point():
-            raise DyditError(
-                f"Compact execution cannot slice a {type(layer).__module__}.{type(layer).__qualname__}.",
-                why="It slices the weights of plain linear layers, and an adapter or a quantised layer holds more than these.",
-                fix="Merge the adapter into the weights first, or call model.set_execution('dense').",
-            )
-
-
 @singledispatch
-def pack(layer: nn.Module) -> Slabs:
+def pack(layer: SlicedLayer) -> Slabs:
     """Pack a layer's weights by unit; each kind of layer whose weights are sliced registers how."""
     raise TypeError(f"{type(layer).__qualname__} has no units")
 
@@ -88,32 +95,88 @@ def pack(layer: nn.Module) -> Slabs:
 @pack.register
 def attention_slabs(attention: DynamicAttention) -> Slabs:
     """Pack attention: entry is [H, 3 * C_h, C] (q, k, v of a head side by side), leave is [H, C_h, C]."""
-    require_plain(attention.qkv, attention.proj)
     heads, dim, order = attention.num_heads, attention.head_dim, attention.head_order
-    channels = attention.qkv.in_features
-    weight = attention.qkv.weight.view(3, heads, dim, channels).index_select(1, order)
-    bias = attention.qkv.bias.view(3, heads, dim).index_select(1, order)
-    leave = attention.proj.weight.view(channels, heads, dim).index_select(1, order)
+    (qkv, qkv_bias), (proj, proj_bias) = effective(attention.qkv), effective(attention.proj)
+    channels = qkv.shape[1]
+    weight = qkv.view(3, heads, dim, channels).index_select(1, order)
+    bias = qkv_bias.view(3, heads, dim).index_select(1, order)
+    leave = proj.view(channels, heads, dim).index_select(1, order)
     return Slabs(
         entry=weight.transpose(0, 1).reshape(heads, 3 * dim, channels).contiguous(),
         entry_bias=bias.transpose(0, 1).reshape(heads, 3 * dim).contiguous(),
         leave=leave.permute(1, 2, 0).contiguous(),
-        leave_bias=attention.proj.bias,
+        leave_bias=proj_bias,
     )
 
 
 @pack.register
 def mlp_slabs(mlp: DynamicMlp) -> Slabs:
     """Pack the MLP: entry is [G, width, C] rows of fc1, leave is [G, width, C] transposed columns of fc2."""
-    require_plain(mlp.fc1, mlp.fc2)
     groups, width, order = mlp.num_groups, mlp.group_width, mlp.channel_order
-    channels = mlp.fc1.in_features
+    (fc1, fc1_bias), (fc2, fc2_bias) = effective(mlp.fc1), effective(mlp.fc2)
+    channels = fc1.shape[1]
     return Slabs(
-        entry=mlp.fc1.weight.index_select(0, order).view(groups, width, channels),
-        entry_bias=mlp.fc1.bias.index_select(0, order).view(groups, width),
-        leave=mlp.fc2.weight.t().index_select(0, order).contiguous().view(groups, width, channels),
-        leave_bias=mlp.fc2.bias,
+        entry=fc1.index_select(0, order).view(groups, width, channels),
+        entry_bias=fc1_bias.index_select(0, order).view(groups, width),
+        leave=fc2.t().index_select(0, order).contiguous().view(groups, width, channels),
+        leave_bias=fc2_bias,
     )
+
+
+@dataclass
+class FreedWeights:
+    """What a layer is left with once its stored weights are given back (`freeing.py`). It stands on the layer itself, so that
+    stores may come and go.
+
+    Attributes:
+        slabs: Its weights; the first axis follows ``order``.
+        order: The rank at each position.
+        names: Of the parameters that were given back.
+        bias: Name of the one that is never sliced and stays.
+        buffers: The layer's at that time.
+    """
+
+    slabs: Slabs
+    order: ActiveUnits
+    names: tuple[str, ...]
+    bias: str
+    buffers: dict[str, Tensor]
+
+    def current(self, layer: nn.Module) -> Slabs:
+        """The slabs, with the bias that the layer has now.
+
+        Raises:
+            DyditError: If the layer is not what it was when its weights were given back.
+        """
+        parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
+        gone = all(name in parameters and parameters[name].is_meta for name in self.names)
+        same = buffers.keys() == self.buffers.keys() and all(
+            torch.equal(buffer, self.buffers[name]) for name, buffer in buffers.items()
+        )
+        if not gone or not same or self.bias not in parameters:
+            raise DyditError(
+                "Weights were changed, or an adapter was attached, while the model's stored weights are freed.",
+                why="The packed weights are all there is, and they do not follow.",
+                fix="Call model.unpack() first, then change the model, then model.pack(free=True) again.",
+            )
+        return replace(self.slabs, leave_bias=parameters[self.bias])
+
+    def by_rank(self) -> Slabs:
+        """The slabs in the order of ranks."""
+        index = torch.tensor(
+            [self.order.index(rank) for rank in range(len(self.order))], device=self.slabs.entry.device
+        )
+        held = self.slabs
+        entry, bias, leave = (
+            part.index_select(0, index) for part in (held.entry, held.entry_bias, held.leave)
+        )
+        return replace(held, entry=entry, entry_bias=bias, leave=leave)
+
+
+def freed_of(layer: SlicedLayer) -> FreedWeights | None:
+    """What a layer's freed weights became; None if they are where they are stored."""
+    found: FreedWeights | None = getattr(layer, "freed_weights", None)
+    return found
 
 
 @dataclass(frozen=True)
@@ -168,7 +231,7 @@ class Packed:
         lock: Held while slabs move, and while weights are used that may move.
     """
 
-    layer: nn.Module
+    layer: SlicedLayer
     stamp: Stamp
     slabs: Slabs
     order: ActiveUnits
@@ -229,7 +292,7 @@ class SlabStore:
         """Bytes of the slabs."""
         return self._slab_bytes
 
-    def slice(self, layer: nn.Module, active: ActiveUnits) -> Slice:
+    def slice(self, layer: SlicedLayer, active: ActiveUnits) -> Slice:
         """Return the weights of the units with the ascending ranks ``active``, packed again if the layer changed.
 
         Raises:
@@ -239,7 +302,7 @@ class SlabStore:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             return self._slice(self._packed_of(layer), active)
 
-    def ready(self, layer: nn.Module, active: ActiveUnits) -> Slice:
+    def ready(self, layer: SlicedLayer, active: ActiveUnits) -> Slice:
         """The same for a layer that is known to be unchanged since it was packed: no check, and mostly no more than a look-up."""
         key = (id(layer), active)
         found = self._views.get(key)
@@ -254,12 +317,16 @@ class SlabStore:
                 packed = self._packed.get(id(layer)) or self._packed_of(layer)
                 return self._slice(packed, active)
 
-    def moves(self, layer: nn.Module) -> bool:
+    def is_view(self, layer: SlicedLayer, active: ActiveUnits) -> bool:
+        """Whether `ready` gives a view of the slabs; else it gives a copy that may be dropped."""
+        return (id(layer), active) in self._views
+
+    def moves(self, layer: SlicedLayer) -> bool:
         """Whether the layer's slabs change places while a schedule runs, so that they must be `leased`."""
         return id(layer) in self._moving
 
     @contextmanager
-    def leased(self, layer: nn.Module, active: ActiveUnits) -> Iterator[Slice]:
+    def leased(self, layer: SlicedLayer, active: ActiveUnits) -> Iterator[Slice]:
         """`ready` for weights that may move in place once the block is left: nobody moves them before.
 
         Where a gradient is wanted the weights outlive the block, so that they are copied.
@@ -274,7 +341,7 @@ class SlabStore:
                 self._move(packed, target)
             yield prefix_slice(packed.slabs, len(active))
 
-    def arrange(self, schedule: Sequence[tuple[nn.Module, Sequence[ActiveUnits]]]) -> Counter[str]:
+    def arrange(self, schedule: Sequence[tuple[SlicedLayer, Sequence[ActiveUnits]]]) -> Counter[str]:
         """Choose how the masks of a schedule are served, and lay the slabs out for it; later masks are served all the same.
 
         Args:
@@ -293,6 +360,8 @@ class SlabStore:
             ]
             # On an accelerator a swap would have to wait for what other streams still read, and copies are quick there.
             may_swap = all(packed.slabs.entry.device.type == "cpu" for packed in held)
+            # Slabs that belong to the layer may be read by other stores too.
+            may_swap = may_swap and all(freed_of(layer) is None for layer, _ in schedule)
             found = arrange(asked, self._budget * self._slab_bytes, may_swap)
             self._uses.clear()
             self._views.clear()
@@ -321,7 +390,7 @@ class SlabStore:
             self._moving.clear()
             self._slab_bytes = self._slice_bytes = self._period = 0
 
-    def _packed_of(self, layer: nn.Module) -> Packed:
+    def _packed_of(self, layer: SlicedLayer) -> Packed:
         stamp = stamp_of(layer)
         held = self._packed.get(id(layer))
         if held is not None and held.stamp == stamp:
@@ -329,8 +398,10 @@ class SlabStore:
         if held is not None:
             self._forget(id(layer), held.slabs)
             self._moving.discard(id(layer))
-        slabs = pack(layer)
-        packed = Packed(layer, stamp, slabs, tuple(range(len(slabs.entry))))
+        freed = freed_of(layer)
+        slabs = pack(layer) if freed is None or not isinstance(layer, nn.Module) else freed.current(layer)
+        order = tuple(range(len(slabs.entry))) if freed is None else freed.order
+        packed = Packed(layer, stamp, slabs, order)
         self._packed[id(layer)] = packed
         self._slab_bytes += slabs.nbytes
         return packed
@@ -377,13 +448,14 @@ class SlabStore:
         index = torch.tensor(packed.positions(arrangement.order), device=packed.slabs.entry.device)
         entry, bias, leave = (weight.index_select(0, index) for weight in packed.weights)
         self.copied_bytes += packed.slabs.nbytes
+        slabs = replace(packed.slabs, entry=entry, entry_bias=bias, leave=leave)
         self._packed[id(packed.layer)] = Packed(
-            packed.layer,
-            packed.stamp,
-            replace(packed.slabs, entry=entry, entry_bias=bias, leave=leave),
-            arrangement.order,
-            arrangement.targets,
+            packed.layer, packed.stamp, slabs, arrangement.order, arrangement.targets
         )
+        freed = freed_of(packed.layer)
+        if freed is not None:
+            # They are all there is of these weights: held once, by whom they belong to.
+            freed.slabs, freed.order = slabs, arrangement.order
 
     def _move(self, packed: Packed, target: ActiveUnits) -> None:
         changed = [place for place, rank in enumerate(target) if packed.order[place] != rank]

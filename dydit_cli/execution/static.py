@@ -17,9 +17,10 @@ from dydit_cli.execution.interface import (
     mlp_with,
     modulate,
 )
+from dydit_cli.execution.streams_dense import StaticStreams
 
 
-class StaticExecutor:
+class StaticExecutor(StaticStreams):
     """Runs all units and pays nothing for routing."""
 
     name = "static"

@@ -1,8 +1,8 @@
 """Tells once a forward, and cheaply, whether a model still is what weights were packed and plans were made from.
 
 Loading, casting, moving and editing in place change a tensor's storage or version; swapping a layer or a block changes a module's
-children. peft fuses adapters through ``.data`` and fused optimisers write without a new version: either changes a weight all over,
-so that a few of its values tell.
+children. Which adapters of peft are in use, and by what scale, a few attributes tell. peft fuses adapters through ``.data`` and
+fused optimisers write without a new version: either changes a weight all over, so that a few of its values tell.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from dydit_cli.execution.effective import adapter_state, is_adapted
 
 PROBE_VALUES = 32
 
@@ -45,6 +47,7 @@ class Watch:
         # stood there is kept, so that its identity is not given away.
         self._shelves: list[tuple[Mapping[str, object], list[int]]] = []
         self._kept: list[object] = []
+        self._adapted: list[nn.Module] = []
         parameters: list[Tensor] = []
         self._tensors: list[Tensor] = []
         for module in submodules(self.roots):
@@ -52,12 +55,15 @@ class Watch:
                 if shelf:
                     self._shelves.append((shelf, [id(value) for value in shelf.values()]))
                     self._kept += shelf.values()
+            if is_adapted(module):
+                self._adapted.append(module)
             held = [tensor for tensor in module._parameters.values() if tensor is not None]
             parameters += held
             self._tensors += [*held, *(tensor for tensor in module._buffers.values() if tensor is not None)]
         # Weak references keep the addresses of storages from being given away, so that an address is an identity.
         self._references = [StorageWeakRef(tensor.untyped_storage()) for tensor in self._tensors]
         self._stamp = self._stamps()
+        self._adapters = list(map(adapter_state, self._adapted))
         self._probes: list[tuple[list[Tensor], Tensor]] = []
         for device in dict.fromkeys(parameter.device for parameter in parameters if not parameter.is_meta):
             here = [parameter for parameter in parameters if parameter.device == device and parameter.numel()]
@@ -83,7 +89,7 @@ class Watch:
         for shelf, held in self._shelves:
             if list(map(id, shelf.values())) != held:
                 return True
-        if self._stamps() != self._stamp:
+        if self._stamps() != self._stamp or list(map(adapter_state, self._adapted)) != self._adapters:
             return True
         with torch.no_grad():
             return not all(torch.equal(torch.cat(pieces), values) for pieces, values in self._probes)

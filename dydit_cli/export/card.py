@@ -76,7 +76,7 @@ def pipeline_card(subject: Subject, *, needs_vae: bool, is_identity: bool, names
         "Classes have names: `pipeline.labels` lists them.\n" if names else "Classes are given by number.\n"
     )
     return (
-        _head(subject, DYNAMIC, "library_name: diffusers\npipeline_tag: unconditional-image-generation\n")
+        head(subject, DYNAMIC, "library_name: diffusers\npipeline_tag: unconditional-image-generation\n")
         + f"""
 ## Use
 
@@ -93,7 +93,7 @@ Only what the routers keep is computed. The cost can be changed while the pipeli
 {_scheduler(subject.family)}
 
 """
-        + _licence(subject, "dydit, and with it the file `modeling_dydit.py` in this folder,")
+        + licence(subject, "dydit, and with it the file `modeling_dydit.py` in this folder,")
     )
 
 
@@ -136,7 +136,7 @@ switch off the wrong units."""
         else "The units lie in the order of their importance, as the authors' code expects them."
     )
     return (
-        _head(subject, DYNAMIC)
+        head(subject, DYNAMIC)
         + f"""
 ## Use
 
@@ -158,7 +158,7 @@ dydit convert --checkpoint {subject.name}/{file} --family {subject.family.name} 
 ```
 
 """
-        + _licence(subject)
+        + licence(subject)
     )
 
 
@@ -183,7 +183,7 @@ def static_card(subject: Subject, file: str, *, exact: bool) -> str:
         else f'from safetensors.torch import load_file\n\nweights = load_file("{subject.name}/{file}")'
     )
     return (
-        _head(subject, STATIC, rate=False)
+        head(subject, STATIC, rate=False)
         + f"""
 ## Use
 
@@ -195,21 +195,29 @@ def static_card(subject: Subject, file: str, *, exact: bool) -> str:
 ```
 
 """
-        + _licence(subject)
+        + licence(subject)
     )
 
 
 # ------------------------------------------------------------------ parts
 
 
-def _head(subject: Subject, introduction: str, library: str = "", *, rate: bool = True) -> str:
+def head(subject: Subject, introduction: str, library: str = "", *, rate: bool = True) -> str:
+    """The top of a card: its fields, title, introduction and a table of facts."""
     geometry, lineage, family = subject.geometry, subject.lineage, subject.family
     rows = {
         "base model": _base(lineage),
         "family": f"[{family.title}]({family.reference_url})",
         "size": f"{geometry.depth} blocks, {geometry.hidden_size} channels, {geometry.num_heads} heads and "
         f"{geometry.num_groups} channel groups a block, patches of {geometry.patch_size}",
-        "input": f"{geometry.in_channels} x {geometry.sample_size} x {geometry.sample_size}, {geometry.num_classes} classes",
+        "input": f"{' x '.join(map(str, geometry.sample_shape))}, "
+        + (
+            "text"
+            if geometry.has_context
+            else f"{geometry.num_classes} classes"
+            if geometry.num_classes
+            else "no classes"
+        ),
         "ratio": _ratio(lineage) if rate else "",
         "weights": subject.dtype,
     }
@@ -263,7 +271,8 @@ def _scheduler(family: Family) -> str:
     )
 
 
-def _licence(subject: Subject, ours: str = "dydit itself") -> str:
+def licence(subject: Subject, ours: str = "dydit itself") -> str:
+    """The last section of a card."""
     return f"""## Licence
 
 Carried over from the base model: {_base(subject.lineage)}. Whoever publishes this model states that licence here and in the field

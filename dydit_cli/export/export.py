@@ -5,9 +5,8 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,70 +16,24 @@ from dydit_cli.artifacts.loading import model_folder
 from dydit_cli.artifacts.manifest import file_hash
 from dydit_cli.artifacts.writing import refuse_existing
 from dydit_cli.checkpoints import read_checkpoint
-from dydit_cli.dynamic.geometry import Geometry
 from dydit_cli.errors import DyditError
-from dydit_cli.export.card import Subject, original_card, pipeline_card, static_card
+from dydit_cli.export.card import original_card, pipeline_card, static_card
 from dydit_cli.export.flat import FILES, cast, is_order, static_part, without_identity_orders, write_flat
+from dydit_cli.export.flux import STREAMED, export_flux
 from dydit_cli.export.labels import class_names
-from dydit_cli.export.lineage import Lineage, lineage_of
+from dydit_cli.export.lineage import lineage_of
+from dydit_cli.export.parts_card import parts_card
 from dydit_cli.export.pipeline import CODE, TRANSFORMER, is_pixel_space, write_pipeline
+from dydit_cli.export.report import ExportReport, Progress, Source, report_of, subject_of
 from dydit_cli.export.vae import find_vae
 from dydit_cli.export.verify import reload_difference
-from dydit_cli.families.family import Family
+from dydit_cli.families.family import Family, require
 from dydit_cli.families.registry import class_named, family_named
 from dydit_cli.recipe.schema import ExportSection
 
 PIPELINE_DTYPE = "float32"
 SPARE_BYTES = 1 << 20
 """Configurations, code and card."""
-
-Progress = Callable[[str], None]
-"""Called with what is being done."""
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What was exported.
-
-    Attributes:
-        out: The folder.
-        format: ``diffusers``, ``original`` or ``static``.
-        family: Name of the family.
-        dtype: Of the written weights (of most of them, where the source mixes types).
-        max_difference: Between the outputs of the source and of what was written, loaded with its own code; 0 where the stored
-            tensors themselves were written and compared.
-        files: Bytes by file.
-        sha256: Hashes of the weight files.
-        needs_vae: Whether an autoencoder must be passed when the pipeline is loaded.
-        notes: What its user should know.
-    """
-
-    out: str
-    format: str
-    family: str
-    dtype: str
-    max_difference: float
-    files: dict[str, int]
-    sha256: dict[str, str]
-    needs_vae: bool
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Source:
-    """The model to export.
-
-    Attributes:
-        path: Its artifact.
-        config: Its configuration.
-        family: Its family.
-        lineage: Its past.
-    """
-
-    path: Path
-    config: Mapping[str, Any]
-    family: Family
-    lineage: Lineage
 
 
 def export(
@@ -102,7 +55,13 @@ def export(
     refuse_existing(out, settings.overwrite)
     config = model_config(model)
     source = Source(model, config, _family(str(config["_class_name"])), lineage_of(model))
-    write = _write_pipeline if settings.format == "diffusers" else _write_flat
+    require(source.family, "dydit export")
+    write: Callable[[Source, ExportSection, Path, Progress], ExportReport]
+    if source.family.objective == STREAMED:
+        write = export_flux
+    else:
+        _refuse_pipeline(source, settings)
+        write = _write_pipeline if settings.format == "diffusers" else _write_flat
     with artifact_folder(out, overwrite=settings.overwrite) as folder:
         report = write(source, settings, folder, say)
         weights = [file for file in sorted(folder.rglob("*")) if file.suffix in (".safetensors", ".pt")]
@@ -124,7 +83,11 @@ def _write_pipeline(source: Source, settings: ExportSection, folder: Path, say: 
     dtype = settings.dtype or PIPELINE_DTYPE
     vae = find_vae(settings.vae, int(source.config["in_channels"])) if settings.vae else None
     say("reading the model")
-    model = load_model(source.path, torch_dtype=getattr(torch, dtype), convention="native")
+    model = load_model(
+        source.path, torch_dtype=getattr(torch, dtype), convention="native", budget=settings.budget
+    )
+    if settings.budget is not None:
+        model.register_to_config(default_budget=settings.budget)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     _check_space(folder, weights + (vae.nbytes if vae else 0))
     say("writing the pipeline")
@@ -134,16 +97,28 @@ def _write_pipeline(source: Source, settings: ExportSection, folder: Path, say: 
     transformer = folder / TRANSFORMER
     difference = reload_difference(model.float(), transformer, transformer / CODE)
     needs_vae = vae is None and not is_pixel_space(model)
-    subject = _subject(source, settings, model.geometry, dtype)
+    subject = subject_of(source, settings, model.geometry, dtype)
     identity = vae is None and not needs_vae
-    card = pipeline_card(subject, needs_vae=needs_vae, is_identity=identity, names=names)
+    if source.family.stock_pipeline is None:
+        card = parts_card(subject, needs_vae=needs_vae, names=names)
+    else:
+        card = pipeline_card(subject, needs_vae=needs_vae, is_identity=identity, names=names)
     (folder / "README.md").write_text(card, encoding="utf-8")
     notes = []
-    if needs_vae:
+    if source.family.stock_pipeline is None:
+        notes.append(
+            f"diffusers has no pipeline for this form of {source.family.title}: the folder holds transformer and scheduler, and its "
+            "README.md the few lines that sample with them."
+        )
+    if needs_vae and source.family.stock_pipeline is None:
+        notes.append(
+            "The model draws latents: decode its frames with the autoencoder that it was trained with."
+        )
+    elif needs_vae:
         notes.append(
             "The model draws latents and the folder has no autoencoder: pass one when you load it (vae=...), or export with --vae DIR."
         )
-    return _report(source, settings, dtype, difference, needs_vae=needs_vae, notes=notes)
+    return report_of(source, settings, dtype, difference, needs_vae=needs_vae, notes=notes)
 
 
 def _write_flat(source: Source, settings: ExportSection, folder: Path, say: Progress) -> ExportReport:
@@ -152,6 +127,12 @@ def _write_flat(source: Source, settings: ExportSection, folder: Path, say: Prog
             f"The {settings.format} format takes no autoencoder.",
             why="It is one file with the transformer's weights.",
             fix="Leave --vae out, or export with --format diffusers.",
+        )
+    if settings.budget is not None:
+        raise DyditError(
+            f"The {settings.format} format knows no budget.",
+            why="A budget is told to the routers that a pipeline runs.",
+            fix="Leave --budget out, or export with --format diffusers.",
         )
     say("reading the model")
     tensors = read_checkpoint(model_folder(source.path)).tensors
@@ -164,6 +145,7 @@ def _write_flat(source: Source, settings: ExportSection, folder: Path, say: Prog
                 "The fine-tuned weights were rounded to the types of the source's file; --dtype float32 keeps them."
             )
     else:
+        _refuse_routers_of_ours(source)
         tensors, file = without_identity_orders(source.family.write(tensors)), FILES["torch"]
         dtypes = {}
     ordered = any(is_order(key) for key in tensors)
@@ -182,7 +164,7 @@ def _write_flat(source: Source, settings: ExportSection, folder: Path, say: Prog
         geometry = model_class(
             **{key: value for key, value in source.config.items() if not key.startswith("_")}
         ).geometry
-    subject = _subject(source, settings, geometry, dtype)
+    subject = subject_of(source, settings, geometry, dtype)
     exact = source.lineage.base is not None and source.lineage.steps is None and settings.dtype is None
     card = (
         static_card(subject, file, exact=exact)
@@ -190,33 +172,7 @@ def _write_flat(source: Source, settings: ExportSection, folder: Path, say: Prog
         else original_card(subject, file, ordered=ordered)
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
-    return _report(source, settings, dtype, 0.0, needs_vae=False, notes=notes)
-
-
-def _report(
-    source: Source,
-    settings: ExportSection,
-    dtype: str,
-    difference: float,
-    *,
-    needs_vae: bool,
-    notes: list[str],
-) -> ExportReport:
-    return ExportReport(
-        out=str(settings.out),
-        format=settings.format,
-        family=source.family.name,
-        dtype=dtype,
-        max_difference=difference,
-        files={},
-        sha256={},
-        needs_vae=needs_vae,
-        notes=tuple(notes),
-    )
-
-
-def _subject(source: Source, settings: ExportSection, geometry: Geometry, dtype: str) -> Subject:
-    return Subject(Path(settings.out).resolve().name, source.family, geometry, source.lineage, dtype)
+    return report_of(source, settings, dtype, 0.0, needs_vae=False, notes=notes)
 
 
 def _family(class_name: str) -> Family:
@@ -237,6 +193,30 @@ def _files(folder: Path) -> dict[str, int]:
 def _commonest_dtype(tensors: Mapping[str, Tensor]) -> str:
     counted = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
     return counted.most_common(1)[0][0]
+
+
+def _refuse_routers_of_ours(source: Source) -> None:
+    if source.config.get("budgets") is not None:
+        raise DyditError(
+            "A model with budgets cannot be written in the original layout.",
+            why="The authors' routers know one ratio, and their code would ignore what a budget tells ours.",
+            fix="Pass --format diffusers, or --format static for the complete model.",
+        )
+    if source.config.get("width", "free") == "ordered":
+        raise DyditError(
+            "A model of ordered width cannot be written in the original layout.",
+            why="The authors' routers have a row a unit; here a row is a step between two units, and would be misread.",
+            fix="Pass --format diffusers, or --format static for the complete model.",
+        )
+
+
+def _refuse_pipeline(source: Source, settings: ExportSection) -> None:
+    if settings.pipeline is not None:
+        raise DyditError(
+            f"A {source.family.title} takes no --pipeline.",
+            why="Text encoders and tokenizers are parts of text-to-image models (FLUX); this family is told classes by number.",
+            fix="Leave --pipeline out; --vae DIR brings an autoencoder.",
+        )
 
 
 def _refuse_own_source(out: Path, model: Path) -> None:

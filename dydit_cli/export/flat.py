@@ -28,7 +28,7 @@ def is_order(key: str) -> bool:
 
 def is_router(key: str) -> bool:
     """Whether a key is a router's, under our names."""
-    return any(part in key for part in ROUTERS)
+    return key.startswith("budget_router.") or any(part in key for part in ROUTERS)
 
 
 def without_identity_orders(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

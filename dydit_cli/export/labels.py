@@ -17,7 +17,7 @@ FASHION_MNIST: tuple[str, ...] = (
     "Bag",
     "Ankle boot",
 )
-FASHION_MNIST_DATA = "fashion-mnist-subset"
+FASHION_MNIST_DATA = ("fashion-mnist-subset", "moving-fashion-mnist")
 
 
 def class_names(lineage: Lineage, num_classes: int) -> tuple[str, ...]:
@@ -27,7 +27,7 @@ def class_names(lineage: Lineage, num_classes: int) -> tuple[str, ...]:
     are Fashion-MNIST.
     """
     shipped = lineage.base is not None and lineage.base.startswith(PREFIX)
-    if lineage.data == FASHION_MNIST_DATA or (shipped and lineage.data is None):
+    if lineage.data in FASHION_MNIST_DATA or (shipped and lineage.data is None):
         names = FASHION_MNIST
     else:
         names = lineage.classes

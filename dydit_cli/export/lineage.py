@@ -22,6 +22,9 @@ class Lineage:
         base: Path of the checkpoint that was made dynamic, or ``builtin:NAME``.
         container: Its container, ``torch`` or ``safetensors``.
         dtypes: Type of its tensors by key; ``*`` is that of all others.
+        layout: The layout of its keys, ``original`` or ``diffusers``.
+        quantisation: Kind of the numbers that were made bf16 when it was read, such as ``fp8``.
+        loras: Adapters that were merged into it.
         ratio: Measured share of the static model's attention and MLP MACs; None before any fine-tuning.
         target_ratio: What fine-tuning aimed at.
         steps: Optimiser steps of the last fine-tuning.
@@ -32,6 +35,9 @@ class Lineage:
     base: str | None = None
     container: str = "torch"
     dtypes: Mapping[str, str] = field(default_factory=dict)
+    layout: str | None = None
+    quantisation: str = ""
+    loras: tuple[str, ...] = ()
     ratio: float | None = None
     target_ratio: float | None = None
     steps: int | None = None
@@ -76,6 +82,9 @@ def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
             "base": _base(source.get("path")),
             "container": source.get("container"),
             "dtypes": source.get("dtypes"),
+            "layout": source.get("layout"),
+            "quantisation": source.get("quantisation"),
+            "loras": tuple(Path(each["path"]).name for each in results.get("loras") or ()),
         }
     elif stage == "finetune":
         data = results.get("data") or {}
@@ -89,7 +98,7 @@ def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
     elif stage == "export":
         # An export carries the whole of it, because it travels without its parents.
         found = dict(results.get("lineage") or {})
-        found["classes"] = tuple(found.get("classes") or ())
+        found |= {name: tuple(found.get(name) or ()) for name in ("classes", "loras")}
     else:
         found = {}
     return {name: value for name, value in found.items() if value is not None and value != ()}

@@ -1,7 +1,12 @@
-"""The folder that diffusers' stock `DiTPipeline` runs: transformer, scheduler, autoencoder, and the code that they need."""
+"""The folder that diffusers' stock `DiTPipeline` runs: transformer, scheduler, autoencoder, and the code that they need.
+
+Where diffusers has no pipeline for a family, the folder holds the same parts, and diffusers' `AutoModel` finds the class of the
+transformer by its configuration.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +16,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 
 from dydit_cli.artifacts import save_model, write_json
+from dydit_cli.artifacts.loading import CONFIG_NAME
 from dydit_cli.export.identity_vae import IdentityAutoencoder
 from dydit_cli.export.inline import inline
 from dydit_cli.export.registration import MODULE
@@ -78,7 +84,7 @@ def write_pipeline(
     names: Sequence[str] = (),
     max_shard_size: str = "5GB",
 ) -> None:
-    """Write a model as a pipeline folder.
+    """Write a model as a pipeline folder, or as its parts where diffusers has no pipeline for them.
 
     Args:
         model: In its family's own convention, in the dtype to write.
@@ -91,10 +97,16 @@ def write_pipeline(
     transformer = pipeline_model(model)
     save_model(transformer, folder / TRANSFORMER, max_shard_size)
     (folder / TRANSFORMER / CODE).write_text(code, encoding="utf-8")
-    scheduler = scheduler_for(family_of(model).objective)
+    family = family_of(model)
+    scheduler = scheduler_for(family.objective)
     scheduler.save_pretrained(str(folder / "scheduler"))
+    if family.stock_pipeline is None:
+        _name_for_auto_model(folder / TRANSFORMER / CONFIG_NAME, type(transformer).__name__)
+        if vae is not None:
+            vae.copy_to(folder / "vae")
+        return
     index: dict[str, Any] = {
-        "_class_name": "DiTPipeline",
+        "_class_name": family.stock_pipeline,
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", type(scheduler).__name__],
         TRANSFORMER: [MODULE, type(transformer).__name__],
@@ -113,3 +125,9 @@ def write_pipeline(
     if names:
         index["id2label"] = {str(label): name for label, name in enumerate(names)}
     write_json(folder / "model_index.json", index)
+
+
+def _name_for_auto_model(file: Path, class_name: str) -> None:
+    """Tell `AutoModel` where the class of a configuration is."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    write_json(file, config | {"auto_map": {"AutoModel": f"{MODULE}.{class_name}"}})

@@ -30,6 +30,9 @@ HOMES = {
     "DyDiTTransformer2DModel": "dydit_cli.families.dit",
     "DySiTTransformer2DModel": "dydit_cli.families.sit",
     "DySiTPipelineTransformer2DModel": "dydit_cli.families.sit",
+    "DyLatteTransformer3DModel": "dydit_cli.families.latte",
+    "DyFluxTransformer2DModel": "dydit_cli.families.flux",
+    "PatchAutoencoder": "dydit_cli.pipelines.patch_autoencoder",
     "IdentityAutoencoder": "dydit_cli.export.identity_vae",
 }
 """Where the classes that an export can name live in this package. Saved pipelines record these paths: they never change."""

@@ -38,15 +38,23 @@ def reload_difference(source: DynamicModel, transformer: Path, code: Path) -> fl
     Raises:
         DyditError: If it is more than rounding.
     """
-    channels, size = source.geometry.in_channels, source.geometry.sample_size
-    noise = normal(0, (len(TIMESTEPS), channels, size, size), "export")
+    noise = normal(0, (len(TIMESTEPS), *source.geometry.sample_shape), "export")
     times = torch.tensor(TIMESTEPS)
-    labels = torch.arange(len(TIMESTEPS)) % source.geometry.num_classes
+    labels = torch.arange(len(TIMESTEPS)) % max(1, source.geometry.num_classes)
     expected = _as_pipelines_see_it(source, noise, times, labels)
-    with _shipped(code) as module:
+    with shipped(code) as module:
         shipped_class = getattr(module, family_of(source).pipeline_class.__name__)
         reloaded = shipped_class.from_pretrained(str(transformer), torch_dtype=torch.float32)
         found = reloaded(noise, times, labels, return_dict=False)[0]
+    return judged(found, expected)
+
+
+def judged(found: Tensor, expected: Tensor) -> float:
+    """The largest absolute difference between what an export computes and what its source does.
+
+    Raises:
+        DyditError: If it is more than rounding.
+    """
     difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
     if not difference <= TOLERANCE * max(scale, 1e-6):
         raise DyditError(
@@ -67,7 +75,7 @@ def _as_pipelines_see_it(model: DynamicModel, noise: Tensor, times: Tensor, labe
 
 
 @contextmanager
-def _shipped(code: Path) -> Iterator[ModuleType]:
+def shipped(code: Path) -> Iterator[ModuleType]:
     """Import a file under a name that nothing else uses, for as long as the block lasts."""
     spec = importlib.util.spec_from_file_location(CHECKED, code)
     if spec is None or spec.loader is None:

@@ -1,4 +1,4 @@
-"""The dynamic transformer that DiT and SiT share: a diffusers model in the original repositories' layout, with routers.
+"""The dynamic transformer that DiT, SiT and Latte share: a diffusers model in the original repositories' layout, with routers.
 
 A forward knows nothing of training or inference. The executor says how masks become arithmetic, the gating how logits become
 masks; both come from outside.
@@ -7,6 +7,7 @@ masks; both come from outside.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar, cast
 
 import torch
@@ -14,11 +15,21 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from dydit_cli.dynamic.gates import Gating, ThresholdGating
+from dydit_cli.dynamic.budget import BudgetRouter, check_budgets
+from dydit_cli.dynamic.gates import Gating, GumbelGating, ShiftedTokenGating, ThresholdGating
 from dydit_cli.dynamic.geometry import Geometry
+from dydit_cli.dynamic.layers import WHOLE, Sequences
 from dydit_cli.dynamic.routing import Routing
 from dydit_cli.errors import DyditError
-from dydit_cli.execution import BlockWidth, CompactExecutor, Executor, StepModulation
+from dydit_cli.execution import (
+    BlockWidth,
+    CompactExecutor,
+    Executor,
+    Step,
+    StepModulation,
+    StepRunner,
+    step_runner,
+)
 from dydit_cli.families.blocks import (
     DynamicDiTBlock,
     FinalLayer,
@@ -46,6 +57,9 @@ class DynamicTransformer(DynamicModel):
         num_groups: G; None means H. Divides ``mlp_hidden_size``.
         always_on: Whether the most important head and group have no router row and are always on (the paper's later files).
         out_channels: Channels that a forward returns. It follows from the others and is recorded because stock pipelines read it.
+        width: Which masks heads and groups have: ``free`` (any, the paper's) or ``ordered`` (the most important units).
+        budgets: Least and largest ratio that the routers serve, where they are told one; None for those that know one alone.
+        default_budget: The ratio of a model that is not told.
 
     Raises:
         DyditError: If the numbers do not fit together.
@@ -69,6 +83,9 @@ class DynamicTransformer(DynamicModel):
         num_groups: int | None = None,
         always_on: bool = True,
         out_channels: int | None = None,
+        width: str = "free",
+        budgets: Sequence[float] | None = None,
+        default_budget: float | None = None,
     ) -> None:
         super().__init__()
         mlp_hidden = mlp_hidden_size or 4 * hidden_size
@@ -77,6 +94,7 @@ class DynamicTransformer(DynamicModel):
         check_divides("channel groups", groups, "MLP's hidden size", mlp_hidden)
         check_divides("patch size", patch_size, "sample size", sample_size)
         computed = 2 * in_channels if learn_sigma else in_channels
+        places = (sample_size // patch_size) ** 2
         self.register_to_config(
             mlp_hidden_size=mlp_hidden, num_groups=groups, out_channels=self.channels_returned(computed)
         )
@@ -86,32 +104,90 @@ class DynamicTransformer(DynamicModel):
             num_heads=num_attention_heads,
             num_groups=groups,
             mlp_hidden=mlp_hidden,
-            num_tokens=(sample_size // patch_size) ** 2,
+            num_tokens=places * max(1, self.num_frames),
             patch_size=patch_size,
             in_channels=in_channels,
             out_channels=computed,
             sample_size=sample_size,
             num_classes=num_classes,
             always_on=always_on,
+            num_frames=self.num_frames,
+            ordered_width=width == "ordered",
         )
         self.x_embedder = PatchEmbedder(in_channels, hidden_size, patch_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        self.y_embedder = self.make_label_embedder(num_classes, hidden_size)
         # A parameter without gradient, as in the original: it is part of its files.
-        self.pos_embed = nn.Parameter(
-            torch.zeros(1, self.geometry.num_tokens, hidden_size), requires_grad=False
-        )
+        self.pos_embed = nn.Parameter(torch.zeros(1, places, hidden_size), requires_grad=False)
         self.blocks = nn.ModuleList(
-            DynamicDiTBlock(hidden_size, num_attention_heads, mlp_hidden, groups, always_on)
-            for _ in range(num_layers)
+            DynamicDiTBlock(
+                hidden_size,
+                num_attention_heads,
+                mlp_hidden,
+                groups,
+                always_on,
+                self.sequences_of(index),
+                width,
+            )
+            for index in range(num_layers)
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, computed)
+        self.budget_router: BudgetRouter | None = None
+        self.budget = default_budget
+        if budgets is not None:
+            self.budget_router = BudgetRouter(*check_budgets(budgets), hidden_size, num_layers)
         self.gradient_checkpointing = False
         self.begin_dynamic()
+
+    # ------------------------------------------------------------------ what a family may change
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of one input; 0 for images, which have no axis of frames."""
+        return 0
 
     def channels_returned(self, computed: int) -> int:
         """How many of the final layer's channels a forward returns."""
         return computed
+
+    def sequences_of(self, block: int) -> Sequences:
+        """Which tokens attend to each other in block number ``block``."""
+        return WHOLE
+
+    def make_label_embedder(self, num_classes: int, hidden_size: int) -> LabelEmbedder | None:
+        """The table of classes, or None for a model without."""
+        return LabelEmbedder(num_classes, hidden_size)
+
+    def embed_sample(self, hidden_states: Tensor) -> Tensor:
+        """(B, *sample_shape) -> (B, T, C), each token with its position."""
+        tokens: Tensor = self.x_embedder(hidden_states)
+        return tokens + self.pos_embed
+
+    def entering(self, block: int, tokens: Tensor) -> Tensor:
+        """The (B, T, C) tokens as block number ``block`` receives them from the one before."""
+        return tokens
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """(B, T, p * p * C_out) -> a sample with C_out channels."""
+        side, patch = self.geometry.sample_size // self.geometry.patch_size, self.geometry.patch_size
+        grid = patches.view(len(patches), side, side, patch, patch, self.geometry.out_channels)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(
+            len(patches), grid.shape[-1], side * patch, side * patch
+        )
+
+    def native_timestep(self, timestep: Tensor) -> Tensor:
+        """Turn the caller's t into the embedder's."""
+        return timestep
+
+    def native_prediction(self, sample: Tensor) -> Tensor:
+        """Turn the final layer's channels into what the caller expects."""
+        return sample
+
+    def make_step_runner(self, name: str, graphs: bool, token_capacity: float | None) -> Executor:
+        """See `DynamicModel`."""
+        return step_runner(name, graphs, token_capacity)
+
+    # ------------------------------------------------------------------ what plans ask
 
     @property
     def dynamic_blocks(self) -> list[DynamicDiTBlock]:
@@ -120,15 +196,54 @@ class DynamicTransformer(DynamicModel):
 
     def conditioning_modules(self) -> list[nn.Module]:
         """See `ConditionedModel`."""
-        return [self.t_embedder, self.y_embedder, self.final_layer.adaLN_modulation]
+        labels = [] if self.y_embedder is None else [self.y_embedder]
+        budgets = [] if self.budget_router is None else [self.budget_router]
+        return [self.t_embedder, *labels, *budgets, self.final_layer.adaLN_modulation]
 
     def embed_time(self, timestep: Tensor) -> Tensor:
         """See `ConditionedModel`."""
         embedding: Tensor = self.t_embedder(self.native_timestep(timestep))
         return embedding
 
+    def router_input(self, time_embedding: Tensor) -> Tensor:
+        """See `DynamicModel`."""
+        told = self._told(None)
+        return time_embedding if told is None else time_embedding + told[0]
+
+    def _told(self, gating: Gating | None) -> tuple[Tensor, Tensor] | None:
+        """What the budget says to the routers, see `BudgetRouter`; None without budgets."""
+        if self.budget_router is None:
+            return None
+        if isinstance(gating, GumbelGating) and gating.budget is not None:
+            # In training an input is what is asked for; what comes of it is only known at the end.
+            told: tuple[Tensor, Tensor] = self.budget_router(gating.budget)
+            return told
+        wanted = self.budget if self.budget is not None else self.budget_router.high
+        told = self.budget_router(self.budget_router.input_for(wanted))
+        return told
+
+    def set_budget(self, budget: float) -> DynamicTransformer:
+        """See `DynamicModel`. What was planned and recorded for another budget is dropped."""
+        if self.budget_router is None:
+            super().set_budget(budget)
+        elif not self.budget_router.low <= budget <= self.budget_router.high:
+            raise DyditError(
+                f"A budget of {budget:g} is outside the range of this model.",
+                why=f"Its routers were trained for {self.budget_router.low:g} to {self.budget_router.high:g}.",
+                fix="Choose one in this range.",
+            )
+        if self.budget_router is not None:
+            self.budget_router.check_realised(budget)
+        if budget != self.budget and self.budget_router is not None:
+            self.budget = float(budget)
+            with torch.no_grad():
+                self.budget_router.chosen.fill_(budget)
+        return self
+
     def embed_labels(self, labels: Tensor) -> Tensor:
-        """See `ConditionedModel`."""
+        """See `ConditionedModel`; a model without classes adds nothing."""
+        if self.y_embedder is None:
+            return self.pos_embed.new_zeros(len(labels), self.geometry.hidden_size)
         embedding: Tensor = self.y_embedder(labels)
         return embedding
 
@@ -148,10 +263,6 @@ class DynamicTransformer(DynamicModel):
         """(B,) labels of the null class."""
         return torch.full((batch,), self.geometry.num_classes, device=self.device)
 
-    def native_timestep(self, timestep: Tensor) -> Tensor:
-        """Turn the caller's t into the embedder's."""
-        return timestep
-
     def forward(
         self,
         hidden_states: Tensor,
@@ -162,13 +273,13 @@ class DynamicTransformer(DynamicModel):
         """Predict, with the keywords of diffusers' `DiTTransformer2DModel`.
 
         Args:
-            hidden_states: (B, C_in, h, w).
+            hidden_states: (B, C_in, h, w), or (B, F, C_in, h, w) of videos.
             timestep: (B,) or a number, in the family's own convention.
             class_labels: (B,) integers; ``num_classes`` and above mean the null class, as does None.
             return_dict: Whether to wrap the result.
 
         Returns:
-            (B, C_out, h, w) as ``sample``, or in a tuple.
+            The same shape with C_out channels as ``sample``, or in a tuple.
         """
         labels = class_labels if class_labels is not None else self.null_condition(len(hidden_states))
         sample, _ = self.denoise(
@@ -188,14 +299,14 @@ class DynamicTransformer(DynamicModel):
         """Predict and say what was executed: the call of training, profiling and tests.
 
         Args:
-            hidden_states: (B, C_in, h, w).
+            hidden_states: (B, C_in, h, w), or (B, F, C_in, h, w) of videos.
             timestep: (B,) or a number.
             condition: (B,) integers, the class labels.
             executor: How masks become arithmetic; the model's own by default.
             gating: How logits become masks; thresholds with the model's ``keep_bias`` by default.
 
         Returns:
-            The prediction (B, C_out, h, w) and the masks of every block.
+            The prediction, of the same shape with C_out channels, and the masks of every block.
 
         Raises:
             DyditError: If the input's size is not the model's.
@@ -203,57 +314,73 @@ class DynamicTransformer(DynamicModel):
         executor = executor or self._executor
         gating = gating or ThresholdGating(self.keep_bias)
         self._check_input(hidden_states)
+        if not isinstance(executor, CompactExecutor):
+            self.require_stored(f"{executor.name.capitalize()} execution")
         device, batch = hidden_states.device, len(hidden_states)
         given = torch.as_tensor(timestep).reshape(-1)
         times = given.to(device).expand(batch)
-        tokens = self.x_embedder(hidden_states.to(self.pos_embed.dtype)) + self.pos_embed
+        told = self._told(gating)
         widths: Sequence[BlockWidth] | None = None
-        modulation: StepModulation | None = None
+        planned: Tensor | None = None
         if isinstance(executor, CompactExecutor):
             values = same_for_all(given.tolist())
             widths = executor.known(self, values, batch, gating)
             # Values that were computed beforehand have no gradient, and not the types of autocast.
             if batch and not torch.is_grad_enabled() and not torch.is_autocast_enabled(device.type):
                 labels = executor.labels_of(condition, self.geometry.num_classes)
-                modulation = executor.modulation(self, values, labels, times)
+                planned = executor.modulation(self, values, labels, times)
         embedded: Tensor | None = None
-        if widths is None or modulation is None:
+        if widths is None or planned is None:
             time_embedding = self.embed_time(times)
-            if modulation is None:
-                embedded = time_embedding + self.y_embedder(condition)
+            if planned is None:
+                embedded = time_embedding + self.embed_labels(condition)
             if widths is None:
-                widths = executor.widths(self.dynamic_blocks, times, time_embedding, gating)
-        decided = []
+                read = time_embedding if told is None else time_embedding + told[0]
+                widths = executor.widths(self.dynamic_blocks, times, read, gating)
+        if told is not None:
+            gating = ShiftedTokenGating(gating, told[1])
+        compute = partial(self._computed, widths, executor, gating)
+        if isinstance(executor, StepRunner):
+            step = Step(self, self.dynamic_blocks, widths, gating, hidden_states, embedded, planned, compute)
+            sample, *keeps = executor.run_step(step)
+        else:
+            sample, *keeps = compute(hidden_states, embedded, planned)
+        return sample, Routing(tuple(map(routed, widths, keeps)))
+
+    def _computed(
+        self,
+        widths: Sequence[BlockWidth],
+        executor: Executor,
+        gating: Gating,
+        hidden_states: Tensor,
+        embedded: Tensor | None,
+        planned: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """What follows once widths are decided; see `Step.compute`."""
+        depth = len(self.dynamic_blocks)
+        modulation = None if planned is None else StepModulation.of(planned, depth)
+        tokens = self.embed_sample(hidden_states.to(self.pos_embed.dtype))
+        keeps = []
         for index, (block, width) in enumerate(zip(self.dynamic_blocks, widths, strict=True)):
+            tokens = self.entering(index, tokens)
             of_block = modulation.blocks[index] if modulation is not None else None
             arguments = (tokens, embedded, width, executor, gating, index, of_block)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens, keep = self._gradient_checkpointing_func(block, *arguments)
             else:
                 tokens, keep = block(*arguments)
-            decided.append(routed(width, keep))
+            keeps.append(keep)
         final = modulation.final if modulation is not None else None
-        sample = self._unpatchify(self.final_layer(tokens, embedded, final))
-        return self.native_prediction(sample), Routing(tuple(decided))
-
-    def native_prediction(self, sample: Tensor) -> Tensor:
-        """Turn the final layer's channels into what the caller expects."""
-        return sample
-
-    def _unpatchify(self, patches: Tensor) -> Tensor:
-        """(B, N, p * p * C_out) -> (B, C_out, h, w)."""
-        side, patch = self.geometry.sample_size // self.geometry.patch_size, self.geometry.patch_size
-        grid = patches.view(len(patches), side, side, patch, patch, self.geometry.out_channels)
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(
-            len(patches), grid.shape[-1], side * patch, side * patch
-        )
+        sample = self.unpatchify(self.final_layer(tokens, embedded, final))
+        return self.native_prediction(sample), *keeps
 
     def _check_input(self, hidden_states: Tensor) -> None:
-        expected = (self.geometry.in_channels, self.geometry.sample_size, self.geometry.sample_size)
+        expected = self.geometry.sample_shape
         if tuple(hidden_states.shape[1:]) != expected:
             raise DyditError(
                 f"The model expects inputs of {'x'.join(map(str, expected))}, got {'x'.join(map(str, hidden_states.shape[1:]))}.",
-                why=f"Its position table has {self.geometry.num_tokens} entries and its patch embedder {expected[0]} channels.",
+                why=f"Its tables have {self.geometry.num_tokens} positions and its patch embedder "
+                f"{self.geometry.in_channels} channels.",
                 fix="Resize the input, or convert a checkpoint of that resolution.",
             )
 

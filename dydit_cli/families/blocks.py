@@ -1,4 +1,4 @@
-"""The bricks of DiT and SiT in the original repositories' layout (keys, shapes and order of operations).
+"""The bricks of DiT, SiT and Latte in the original repositories' layout (keys, shapes and order of operations).
 
 Written from the published architecture (Peebles & Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748); checked
 against outputs of the original implementation.
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dydit_cli.dynamic.gates import Gating
-from dydit_cli.dynamic.layers import DynamicAttention, DynamicMlp
-from dydit_cli.dynamic.routers import ChannelRouter, HeadRouter, TokenRouter
+from dydit_cli.dynamic.layers import WHOLE, DynamicAttention, DynamicMlp, Sequences
+from dydit_cli.dynamic.routers import TokenRouter, width_routers
 from dydit_cli.execution.compiled import BlockCompiler
 from dydit_cli.execution.interface import BlockWidth, BranchModulation, Executor, Modulation, modulate
 
@@ -93,19 +93,29 @@ class DynamicDiTBlock(nn.Module):
     Args:
         hidden_size: C. num_heads: H. mlp_hidden: Hidden channels of the MLP. num_groups: G.
         always_on: Whether the first head and group have no router row and are always on.
+        sequences: Which tokens attend to each other.
+        width: ``free`` or ``ordered``; see `width_routers`.
     """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, mlp_hidden: int, num_groups: int, always_on: bool
+        self,
+        hidden_size: int,
+        num_heads: int,
+        mlp_hidden: int,
+        num_groups: int,
+        always_on: bool,
+        sequences: Sequences = WHOLE,
+        width: str = "free",
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=NORM_EPS)
-        self.attn = DynamicAttention(hidden_size, num_heads)
+        self.attn = DynamicAttention(hidden_size, num_heads, sequences)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=NORM_EPS)
         self.mlp = DynamicMlp(hidden_size, mlp_hidden, num_groups)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
-        self.head_router = HeadRouter(hidden_size, num_heads, always_on)
-        self.channel_router = ChannelRouter(hidden_size, num_groups, always_on)
+        for_heads, for_groups = width_routers(width)
+        self.head_router = for_heads(hidden_size, num_heads, always_on)
+        self.channel_router = for_groups(hidden_size, num_groups, always_on)
         self.token_router = TokenRouter(hidden_size)
 
     def decide_width(self, time_embedding: Tensor, gating: Gating, index: int) -> BlockWidth:
@@ -124,6 +134,11 @@ class DynamicDiTBlock(nn.Module):
     def sliced_layers(self) -> tuple[tuple[nn.Module, int], ...]:
         """See `RoutedBlock`."""
         return (self.attn, 0), (self.mlp, 1)
+
+    def value_and_output_weights(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Of each stream, the weights that make a head's values (H * C_h, C) and those that read its output (C, H * C_h)."""
+        values = self.attn.qkv.weight.chunk(3)[2]
+        return ((values, self.attn.proj.weight),)
 
     def reset_routers(self) -> None:
         """Give the routers the paper's start: xavier weights, biases at which everything is on."""

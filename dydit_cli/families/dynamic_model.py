@@ -21,9 +21,14 @@ from dydit_cli.execution import (
     DenseExecutor,
     Executor,
     WidthPlan,
+    check_execution,
     executor_named,
 )
+from dydit_cli.execution.capacity import CapacityExecutor
 from dydit_cli.execution.compiled import BlockCompiler
+from dydit_cli.execution.freeing import free_weights, restore_weights
+from dydit_cli.execution.graphs import GraphedCompactExecutor, GraphRunner
+from dydit_cli.execution.slabs import SlicedLayer, freed_of
 
 
 class DynamicModel(ModelMixin, ConfigMixin):
@@ -31,11 +36,13 @@ class DynamicModel(ModelMixin, ConfigMixin):
 
     Attributes:
         family: Name of the family.
+        guided_channels: How many noise channels the original's classifier-free guidance acts on.
         geometry: The model's numbers.
         keep_bias: Added to all router logits of `forward`.
     """
 
     family: ClassVar[str] = ""
+    guided_channels: ClassVar[int] = 3
     geometry: Geometry
     keep_bias: float
     _executor: Executor
@@ -52,6 +59,12 @@ class DynamicModel(ModelMixin, ConfigMixin):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.set_execution("compact")
         return loaded
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
+        """As diffusers does, but without remarks on the entry by which its `AutoModel` finds our class."""
+        known = {name: value for name, value in config_dict.items() if name != "auto_map"}
+        return super().extract_init_dict(known, **options)
 
     # ------------------------------------------------------------------ what a backbone gives
 
@@ -75,6 +88,10 @@ class DynamicModel(ModelMixin, ConfigMixin):
     def embed_time(self, timestep: Tensor) -> Tensor:
         """(S,) t as `forward` receives it -> (S, C) timestep embeddings, which the width routers read."""
         raise NotImplementedError
+
+    def router_input(self, time_embedding: Tensor) -> Tensor:
+        """(S, C) timestep embeddings -> what the width routers read: the same, unless the model has budgets."""
+        return time_embedding
 
     def denoise(
         self,
@@ -111,6 +128,14 @@ class DynamicModel(ModelMixin, ConfigMixin):
         """A new executor for the model's blocks."""
         return executor_named(name, compile)
 
+    def make_step_runner(self, name: str, graphs: bool, token_capacity: float | None) -> Executor:
+        """A new executor with static shapes for the model's blocks; families whose blocks have one say so."""
+        raise DyditError(
+            f"Models of the family {self.family} have neither CUDA graphs nor a token capacity.",
+            why="Token selection with static shapes is written for blocks of DiT's form.",
+            fix="Leave both out.",
+        )
+
     # ------------------------------------------------------------------ routing and execution
 
     @property
@@ -123,18 +148,49 @@ class DynamicModel(ModelMixin, ConfigMixin):
         """Whether `forward` runs compiled blocks."""
         return isinstance(self._executor, BlockCompiler)
 
-    def set_execution(self, name: str, compile: bool = False) -> DynamicModel:  # noqa: A002
+    @property
+    def execution_options(self) -> dict[str, Any]:
+        """What `set_execution` takes to come back to how `forward` runs now."""
+        executor = self._executor
+        fixed = isinstance(executor, CapacityExecutor) and not (
+            isinstance(executor, GraphedCompactExecutor) and executor.learns_room
+        )
+        return {
+            "name": executor.name,
+            "compile": self.is_compiled,
+            "graphs": isinstance(executor, GraphRunner),
+            "token_capacity": executor.share if fixed and isinstance(executor, CapacityExecutor) else None,
+        }
+
+    def set_execution(
+        self,
+        name: str,
+        compile: bool = False,  # noqa: A002
+        *,
+        graphs: bool = False,
+        token_capacity: float | None = None,
+    ) -> DynamicModel:
         """Choose how `forward` runs: ``compact`` (inference), ``dense`` (masks multiplied) or ``static`` (complete model).
 
         Args:
             name: Which.
             compile: Whether blocks are compiled with `torch.compile`, at their first forward; for compact and static execution.
+            graphs: Whether whole steps are recorded as CUDA graphs; for compact and static execution on a CUDA device.
+            token_capacity: Give the MLPs room for this share of a batch's tokens, which makes shapes static; for compact
+                execution. With ``graphs``, None learns it.
 
         Raises:
-            DyditError: For another name, and for dense execution compiled.
+            DyditError: For another name, for what does not go together, and for graphs where there is no CUDA.
         """
-        if (name, compile) != (self.execution, self.is_compiled):
-            self._executor = self.make_executor(name, compile)
+        wanted = {"name": name, "compile": compile, "graphs": graphs, "token_capacity": token_capacity}
+        if wanted != self.execution_options:
+            check_execution(name, compile, graphs, token_capacity)
+            if name != "compact":
+                self.require_stored(f"{name.capitalize()} execution")
+            if graphs or token_capacity is not None:
+                self._executor = self.make_step_runner(name, graphs, token_capacity)
+            else:
+                self._executor = self.make_executor(name, compile)
         return self
 
     def set_keep_bias(self, keep_bias: float) -> DynamicModel:
@@ -152,12 +208,116 @@ class DynamicModel(ModelMixin, ConfigMixin):
         self.keep_bias = float(keep_bias)
         return self
 
+    def set_budget(self, budget: float) -> DynamicModel:
+        """Choose the ratio of later forwards, of a model that was trained for a range of them.
+
+        Raises:
+            DyditError: If the model was not, or for other ratios.
+        """
+        raise DyditError(
+            "The model has no budgets.",
+            why="Its routers were trained for one ratio.",
+            fix="Fine-tune with budgets, such as budgets=0.3,1.0; or use keep_bias, a dial without training.",
+        )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicModel:
-        """Cast or move; copies that compact execution made of the old tensors are freed with them."""
+        """Cast or move; copies that compact execution made of the old tensors are freed with them.
+
+        Stored weights that were given back are put back for that time.
+        """
+        freed = self.is_freed
         if isinstance(self._executor, CompactExecutor):
             self._executor.release()
+        if freed:
+            self.unpack()
         super()._apply(fn, recurse)
+        return self.pack(free=True) if freed else self
+
+    # ------------------------------------------------------------------ stored weights
+
+    def _sliced_layers(self) -> list[SlicedLayer]:
+        return [layer for block in self.dynamic_blocks for layer, _ in block.sliced_layers()]
+
+    @property
+    def is_freed(self) -> bool:
+        """Whether the stored weights of heads and channel groups were given back (`pack`)."""
+        return any(freed_of(layer) is not None for layer in self._sliced_layers()[:1])
+
+    def pack(self, free: bool = False) -> DynamicModel:
+        """Pack the weights of heads and channel groups now; else the first compact forward does so.
+
+        Args:
+            free: Give the stored weights back, so that they are held once and not twice. The model is then for compact
+                execution alone: its state dict, saving, training, and dense and static execution need `unpack`. Where slabs
+                have to change places, copies are made instead.
+
+        Raises:
+            DyditError: Unless the execution is compact, and for weights that cannot be put back (under an adapter), or that are
+                being trained.
+        """
+        executor = self._executor
+        if not isinstance(executor, CompactExecutor):
+            raise DyditError(
+                f"Weights are packed for compact execution, not for '{executor.name}'.",
+                why="Dense and static execution read the stored weights.",
+                fix="Call model.set_execution('compact') first.",
+            )
+        if free and not self.is_freed:
+            executor.release()
+            try:
+                for layer in self._sliced_layers():
+                    free_weights(layer)
+            except BaseException:
+                self.unpack()
+                raise
+        executor.pack(self)
         return self
+
+    def unpack(self) -> DynamicModel:
+        """Put back the stored weights that `pack` gave back, bit for bit."""
+        if isinstance(self._executor, CompactExecutor):
+            self._executor.release()
+        for layer in self._sliced_layers():
+            restore_weights(layer)
+        return self
+
+    def require_stored(self, what: str) -> None:
+        """Raise a `DyditError` if the stored weights are not there, and ``what`` needs them."""
+        if self.is_freed:
+            raise DyditError(
+                f"{what} needs the stored weights, which were given back.",
+                why="model.pack(free=True) keeps the packed weights alone, for compact execution.",
+                fix="Call model.unpack() first; it puts them back bit for bit.",
+            )
+
+    def state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """See `torch.nn.Module`.
+
+        Raises:
+            DyditError: If the stored weights were given back.
+        """
+        self.require_stored("A state dict")
+        return super().state_dict(*arguments, **options)
+
+    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """See `torch.nn.Module`.
+
+        Raises:
+            DyditError: If the stored weights were given back.
+        """
+        self.require_stored("Loading a state dict")
+        return super().load_state_dict(*arguments, **options)
+
+    def save_pretrained(self, *arguments: Any, **options: Any) -> None:
+        """See `ModelMixin`.
+
+        Raises:
+            DyditError: If the stored weights were given back.
+        """
+        self.require_stored("Saving a model")
+        super().save_pretrained(*arguments, **options)
+
+    # ------------------------------------------------------------------ plans
 
     def plan(
         self, timesteps: Tensor | Sequence[float], class_labels: Tensor | Sequence[int] | None = None
@@ -213,12 +373,13 @@ class DynamicModel(ModelMixin, ConfigMixin):
         gating: Gating = CompleteGating() if self.execution == "static" else ThresholdGating(self.keep_bias)
         if hidden_states is not None:
             labels = class_labels if class_labels is not None else self.null_condition(len(hidden_states))
-            _, routing = self.denoise(
-                hidden_states, timestep, labels, executor=DenseExecutor(), gating=gating
-            )
+            executor = CompactExecutor() if self.is_freed else DenseExecutor()
+            _, routing = self.denoise(hidden_states, timestep, labels, executor=executor, gating=gating)
             return routing
         times = torch.as_tensor(timestep, device=self.device).reshape(-1)
-        widths = DenseExecutor().widths(self.dynamic_blocks, times, self.embed_time(times), gating)
+        widths = DenseExecutor().widths(
+            self.dynamic_blocks, times, self.router_input(self.embed_time(times)), gating
+        )
         ones = torch.ones(len(times), self.geometry.num_tokens, device=self.device)
         return Routing(tuple(routed(width, ones) for width in widths))
 
@@ -231,7 +392,7 @@ class DynamicModel(ModelMixin, ConfigMixin):
         return [
             parameter
             for name, parameter in self.named_parameters()
-            if "_router." not in name and not name.startswith("pos_embed")
+            if "_router." not in name and not name.startswith(("pos_embed", "temp_embed"))
         ]
 
 

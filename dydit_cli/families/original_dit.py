@@ -1,4 +1,4 @@
-"""The original DiT / SiT file layout: which file is one, its geometry, and its keys.
+"""The original DiT / SiT file layout, on which Latte's builds: which file is one, its geometry, and its keys.
 
 SiT's keys and shapes are DiT's, so a file cannot say which of the two it is. The authors' dynamic DiT adds eight router tensors
 a block; an older release of theirs has as many router rows as heads, and no always-on unit.
@@ -28,20 +28,20 @@ ROUTER_NAMES = {
 }
 OUR_ROUTER_NAMES = {ours: theirs for theirs, ours in ROUTER_NAMES.items()}
 BLOCK_KEY = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)$")
-TEMPLATE_KEYS = (
+BACKBONE_KEYS = (
     "x_embedder.proj.weight",
     "t_embedder.mlp.0.weight",
-    "y_embedder.embedding_table.weight",
     "blocks.0.attn.qkv.weight",
     "final_layer.linear.weight",
 )
+LABEL_TABLE = "y_embedder.embedding_table.weight"
+TEMPLATE_KEYS = (*BACKBONE_KEYS, LABEL_TABLE)
 
 
 # How many axes the tensors have whose shapes tell the geometry.
 AXES = {
     "pos_embed": 3,
     "x_embedder.proj.weight": 4,
-    "y_embedder.embedding_table.weight": 2,
     "blocks.0.mlp.fc1.weight": 2,
     "final_layer.linear.weight": 2,
 }
@@ -58,7 +58,7 @@ def has_authors_routers(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def read(tensors: Mapping[str, Tensor], hints: Hints) -> Source:
-    """Infer the configuration and rename routers to our names.
+    """Infer the configuration and rename routers to our names; a file without a table of classes has none (Latte).
 
     Raises:
         DyditError: If the number of heads cannot be told, or tensors are missing, left over or of the wrong shape.
@@ -94,28 +94,29 @@ def _geometry(tensors: Mapping[str, Tensor], hints: Hints) -> dict[str, Any]:
     if "pos_embed" not in tensors:
         raise DyditError(
             "The checkpoint has no position table 'pos_embed'.",
-            why="Its length tells the resolution; every original DiT and SiT file holds it.",
+            why="Its length tells the resolution; every original DiT, SiT and Latte file holds it.",
             fix="Save the model's whole state dict, buffers and frozen parameters included.",
         )
-    _check_axes(tensors)
+    check_axes(tensors, AXES | ({LABEL_TABLE: 2} if LABEL_TABLE in tensors else {}))
     hidden, in_channels, patch, _ = tensors["x_embedder.proj.weight"].shape
     tokens = tensors["pos_embed"].shape[1]
     side = math.isqrt(tokens)
     if side * side != tokens:
         raise DyditError(
             f"The position table has {tokens} entries, which is no square.",
-            why="DiT and SiT cut square images into a square grid of patches.",
+            why="The model cuts square images into a square grid of patches.",
             fix="Bring a checkpoint of a square resolution.",
         )
     computed = tensors["final_layer.linear.weight"].shape[0] // (patch * patch)
+    labels = tensors.get(LABEL_TABLE)
     return {
         "sample_size": side * patch,
         "patch_size": patch,
         "in_channels": in_channels,
         "hidden_size": hidden,
         "num_layers": _depth(tensors),
-        "num_attention_heads": _heads(hidden, hints),
-        "num_classes": tensors["y_embedder.embedding_table.weight"].shape[0] - 1,
+        "num_attention_heads": heads_of(hidden, hints),
+        "num_classes": labels.shape[0] - 1 if labels is not None else 0,
         "mlp_hidden_size": tensors["blocks.0.mlp.fc1.weight"].shape[0],
         "learn_sigma": computed == 2 * in_channels,
         "num_groups": hints.num_groups,
@@ -123,8 +124,13 @@ def _geometry(tensors: Mapping[str, Tensor], hints: Hints) -> dict[str, Any]:
     }
 
 
-def _check_axes(tensors: Mapping[str, Tensor]) -> None:
-    for key, axes in AXES.items():
+def check_axes(tensors: Mapping[str, Tensor], expected: Mapping[str, int]) -> None:
+    """See that tensors are there and have as many axes as expected, none of them empty.
+
+    Raises:
+        DyditError: Naming the first that has not.
+    """
+    for key, axes in expected.items():
         shape = tuple(tensors[key].shape) if key in tensors else None
         if shape is None or len(shape) != axes or 0 in shape:
             raise DyditError(
@@ -145,7 +151,12 @@ def _depth(tensors: Mapping[str, Tensor]) -> int:
     return len(numbers)
 
 
-def _heads(hidden: int, hints: Hints) -> int:
+def heads_of(hidden: int, hints: Hints) -> int:
+    """The number of attention heads: as hinted, else by the published width.
+
+    Raises:
+        DyditError: If neither tells it.
+    """
     heads = hints.num_heads or HEADS_BY_WIDTH.get(hidden)
     if heads is None:
         known = ", ".join(f"{width} ({count} heads)" for width, count in HEADS_BY_WIDTH.items())

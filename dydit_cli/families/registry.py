@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from dydit_cli.errors import DyditError, did_you_mean
-from dydit_cli.families import original_dit
+from dydit_cli.families import latte_t2v_files, original_dit, original_flux, original_latte
 from dydit_cli.families.dit import DyDiTTransformer2DModel
 from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.families.family import Family
+from dydit_cli.families.flux import DyFluxTransformer2DModel
+from dydit_cli.families.latte import DyLatteTransformer3DModel
+from dydit_cli.families.latte_t2v import DyLatteT2VTransformer3DModel
 from dydit_cli.families.sit import DySiTPipelineTransformer2DModel, DySiTTransformer2DModel
 
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
@@ -31,6 +34,28 @@ def published_sizes(learn_sigma: bool) -> Mapping[str, Mapping[str, Any]]:
         for size, (hidden, depth, heads) in SIZES.items()
         for patch in (2, 4, 8)
         for suffix, side in (("", 32), ("-512", 64))
+    }
+
+
+# Classes of the data sets that Latte was published for; the last three are unconditional.
+VIDEO_SETS = {"ucf101": 101, "ffs": 0, "sky": 0, "taichi": 0}
+
+
+def published_videos() -> Mapping[str, Mapping[str, Any]]:
+    """Latte's sizes for 16 frames at 256 pixels: with UCF101's classes, ``...-unconditional``, and XL/2 by its data sets."""
+    sizes = {
+        name: {**config, "num_frames": 16}
+        for name, config in published_sizes(learn_sigma=True).items()
+        if not name.endswith("-512")
+    }
+    classes = {"": VIDEO_SETS["ucf101"], "-unconditional": 0}
+    presets = {
+        name + suffix: {**config, "num_classes": count}
+        for name, config in sizes.items()
+        for suffix, count in classes.items()
+    }
+    return presets | {
+        f"xl/2-{name}": {**sizes["xl/2"], "num_classes": count} for name, count in VIDEO_SETS.items()
     }
 
 
@@ -63,7 +88,77 @@ SIT = Family(
     write=original_dit.write,
 )
 
-FAMILIES: tuple[Family, ...] = (DIT, SIT)
+LATTE = Family(
+    name="latte",
+    title="Latte",
+    reference_url="https://github.com/Vchitect/Latte",
+    objective="diffusion",
+    model_class=DyLatteTransformer3DModel,
+    pipeline_class=DyLatteTransformer3DModel,
+    presets=published_videos(),
+    recognises=original_latte.recognises,
+    read=original_latte.read,
+    write=original_latte.write,
+    # diffusers' LattePipeline drives the text-to-video form alone.
+    stock_pipeline=None,
+)
+
+IN_A_PIPELINE = "Pass dydit_cli.load_model(FOLDER) as the transformer of diffusers' LattePipeline; docs/latte_t2v.md shows how."
+
+LATTE_T2V = Family(
+    name="latte-t2v",
+    title="text-to-video Latte",
+    reference_url="https://github.com/huggingface/diffusers/blob/main/src/diffusers/models/transformers/latte_transformer_3d.py",
+    objective="diffusion",
+    model_class=DyLatteT2VTransformer3DModel,
+    pipeline_class=DyLatteT2VTransformer3DModel,
+    # Latte-1: 16 frames of 512 pixels.
+    presets={
+        "1": {
+            "num_attention_heads": 16,
+            "attention_head_dim": 72,
+            "num_layers": 28,
+            "sample_size": 64,
+            "video_length": 16,
+            "caption_channels": 4096,
+        }
+    },
+    recognises=latte_t2v_files.recognises,
+    read=latte_t2v_files.read,
+    write=latte_t2v_files.write,
+    missing={
+        "dydit finetune": "Train it with a loop of your own (model.denoise gives the prediction and the masks), or fine-tune a "
+        "class-conditional Latte.",
+        "dydit sample": IN_A_PIPELINE,
+        "dydit export": IN_A_PIPELINE,
+        "dydit bench": "Measure it with `dydit profile --latency`.",
+        "--importance taylor": "Pass --importance magnitude, which needs no data.",
+        "--data": "Leave it out; MACs, widths and times need no data.",
+    },
+)
+
+# Blocks of two streams, blocks of one, whether a guidance scale is embedded. Krea, Kontext and Fill are built like dev.
+FLUX_SIZES = {"dev": (19, 38, True), "schnell": (19, 38, False), "lite": (8, 38, True), "mini": (5, 10, True)}
+
+FLUX = Family(
+    name="flux",
+    title="FLUX",
+    reference_url="https://github.com/black-forest-labs/flux",
+    objective="rectified-flow",
+    model_class=DyFluxTransformer2DModel,
+    pipeline_class=DyFluxTransformer2DModel,
+    presets={
+        size: {"num_layers": double, "num_single_layers": single, "guidance_embeds": guidance}
+        for size, (double, single, guidance) in FLUX_SIZES.items()
+    },
+    recognises=original_flux.recognises,
+    read=original_flux.read,
+    write=original_flux.write,
+    stock_pipeline="FluxPipeline",
+    layout=original_flux.layout_of,
+)
+
+FAMILIES: tuple[Family, ...] = (DIT, SIT, LATTE, LATTE_T2V, FLUX)
 
 
 def family_named(name: str) -> Family:

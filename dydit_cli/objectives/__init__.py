@@ -1,11 +1,11 @@
-"""What a family is trained to predict: Gaussian diffusion (DiT) or a velocity (SiT), and what is measured
+"""What a family is trained to predict: Gaussian diffusion (DiT) or a velocity (SiT, FLUX), and what is measured
 with it.
 """
 
 from __future__ import annotations
 
 from dydit_cli.objectives.draws import HeldOutBatch, HeldOutDraws
-from dydit_cli.objectives.objective import Objective, objective_for
+from dydit_cli.objectives.objective import Objective, objective_for, objective_of
 from dydit_cli.objectives.realised import RatioReport, held_out_loss, held_out_ratio, measure
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "held_out_ratio",
     "measure",
     "objective_for",
+    "objective_of",
 ]

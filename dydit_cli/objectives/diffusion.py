@@ -55,6 +55,10 @@ class DiffusionObjective:
         cpu = torch.device("cpu")
         self._tables = {cpu: {name: table.float() for name, table in tables.items()}}
 
+    def for_shape(self, shape: Sequence[int]) -> DiffusionObjective:
+        """See `Objective`: all resolutions have the same noise levels."""
+        return self
+
     def draw_timesteps(self, uniforms: Tensor, indices: Sequence[int]) -> Tensor:
         """See `Objective`: floor of the stratified uniform times 1,000."""
         return (strata(uniforms, indices, self.num_strata) * STEPS).floor().clamp(max=STEPS - 1)
@@ -62,6 +66,10 @@ class DiffusionObjective:
     def grid(self, count: int) -> Tensor:
         """See `Objective`."""
         return (middles(count) * STEPS).floor()
+
+    def ratio_weights(self, t: Tensor) -> Tensor | None:
+        """See `Objective`: draws are even already."""
+        return None
 
     def noised(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """See `Objective`: sqrt(a_t) * clean + sqrt(1 - a_t) * noise."""
@@ -72,18 +80,18 @@ class DiffusionObjective:
         sum.
 
         Args:
-            prediction: (B, C, h, w), or (B, 2C, h, w) with a learned variance.
-            clean: (B, C, h, w).
-            noise: (B, C, h, w), what was mixed in.
+            prediction: (B, C, h, w), or (B, 2C, h, w) with a learned variance; of videos with the axis of frames before C.
+            clean: (B, C, h, w), or (B, F, C, h, w).
+            noise: The same shape, what was mixed in.
             t: (B,).
         """
         prediction = prediction.float()
-        channels = clean.shape[1]
-        predicted_noise = prediction[:, :channels]
+        channels = clean.shape[-3]
+        predicted_noise = prediction[..., :channels, :, :]
         mse = _mean_over_sample((predicted_noise - noise) ** 2)
-        if prediction.shape[1] == channels:
+        if prediction.shape[-3] == channels:
             return {"loss": mse, "mse": mse}
-        vb = self._bound(predicted_noise.detach(), prediction[:, channels:], clean, noise, t)
+        vb = self._bound(predicted_noise.detach(), prediction[..., channels:, :, :], clean, noise, t)
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
     def noise_level(self, t: Tensor) -> Tensor:

@@ -14,7 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dydit_cli.data.buckets import same_shape
+from dydit_cli.data.conditions import conditions_of
 from dydit_cli.data.source import Source
+from dydit_cli.families.text_condition import Condition
 from dydit_cli.objectives.objective import Objective
 from dydit_cli.randomness import generator, normal
 
@@ -25,12 +28,17 @@ BATCH_SIZE = 256
 
 @dataclass(frozen=True)
 class HeldOutBatch:
-    """Held-out samples of one timestep with the noise that is mixed in; tensors of (B, C, h, w), (B,), (B,
-    C, h, w), (B,).
+    """Held-out samples of one timestep and one shape with the noise that is mixed in.
+
+    Attributes:
+        clean: (B, C, h, w).
+        condition: (B,) class labels, or texts.
+        noise: (B, C, h, w).
+        t: (B,).
     """
 
     clean: Tensor
-    labels: Tensor
+    condition: Condition
     noise: Tensor
     t: Tensor
 
@@ -76,8 +84,9 @@ class HeldOutDraws:
         chosen = order[: self.images].tolist()
         for level, t in enumerate(self.objective.grid(self.timesteps).tolist()):
             members = [index for position, index in enumerate(chosen) if self._meets(position, level)]
-            for start in range(0, len(members), self.batch_size):
-                yield self._batch(members[start : start + self.batch_size], level, t, device)
+            for part in same_shape(self.source, members):
+                for start in range(0, len(part), self.batch_size):
+                    yield self._batch(part[start : start + self.batch_size], level, t, device)
 
     def _meets(self, position: int, level: int) -> bool:
         """Whether the sample at ``position`` of the order is seen at timestep number ``level``.
@@ -95,4 +104,5 @@ class HeldOutDraws:
         shape = tuple(clean.shape[1:])
         noise = torch.stack([normal(self.seed, shape, "held_out_noise", level, index) for index in indices])
         times = torch.full((len(indices),), t, device=device)
-        return HeldOutBatch(clean.to(device), self.source.labels[indices].to(device), noise.to(device), times)
+        condition = conditions_of(self.source, indices).to(device)
+        return HeldOutBatch(clean.to(device), condition, noise.to(device), times)

@@ -19,6 +19,10 @@ class FlowObjective:
     kind = "flow"
     num_strata = 4
 
+    def for_shape(self, shape: Sequence[int]) -> FlowObjective:
+        """See `Objective`: all resolutions have the same noise levels."""
+        return self
+
     def draw_timesteps(self, uniforms: Tensor, indices: Sequence[int]) -> Tensor:
         """See `Objective`."""
         return strata(uniforms, indices, self.num_strata)
@@ -26,6 +30,10 @@ class FlowObjective:
     def grid(self, count: int) -> Tensor:
         """See `Objective`."""
         return middles(count)
+
+    def ratio_weights(self, t: Tensor) -> Tensor | None:
+        """See `Objective`: draws are even already."""
+        return None
 
     def noised(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """See `Objective`."""

@@ -16,6 +16,7 @@ from dydit_cli.data.source import Source
 from dydit_cli.dynamic.gates import ThresholdGating
 from dydit_cli.execution import Executor
 from dydit_cli.families.dynamic_model import DynamicModel
+from dydit_cli.families.resolution import geometry_of
 from dydit_cli.flops import executed_ratio
 from dydit_cli.objectives.draws import BATCH_SIZE, IMAGES, TIMESTEPS, HeldOutDraws
 from dydit_cli.objectives.objective import Objective
@@ -86,11 +87,19 @@ def measure(
     rows: dict[float, list[Tensor]] = {}
     for batch in draws.batches(device or model.device):
         noisy = draws.objective.noised(batch.clean, batch.noise, batch.t)
-        prediction, routing = model.denoise(noisy, batch.t, batch.labels, executor=executor, gating=gating)
+        prediction, routing = model.denoise(noisy, batch.t, batch.condition, executor=executor, gating=gating)
+        geometry = geometry_of(model.geometry, noisy.shape, batch.condition)
         losses = draws.objective.losses(prediction, batch.clean, batch.noise, batch.t)
         columns[4:] = losses
         shares = [masks.float().mean(dim=(1, 2)) for masks in (routing.heads, routing.groups, routing.tokens)]
-        values = torch.stack([executed_ratio(routing, model.geometry), *shares, *losses.values()], dim=1)
+        values = torch.stack(
+            [
+                executed_ratio(routing, geometry),
+                *shares,
+                *losses.values(),
+            ],
+            dim=1,
+        )
         rows.setdefault(float(batch.t[0]), []).append(values.cpu().double())
     levels = {t: torch.cat(parts) for t, parts in sorted(rows.items())}
     everything = torch.cat(list(levels.values()))

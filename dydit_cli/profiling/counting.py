@@ -78,6 +78,11 @@ class WitnessedGating:
         self.logits.append(logits)
         return self.gating.groups(block, logits)
 
+    def context_groups(self, block: int, logits: Tensor) -> Tensor:
+        """See `Gating`."""
+        self.logits.append(logits)
+        return self.gating.context_groups(block, logits)
+
     def tokens(self, block: int, logits: Tensor) -> Tensor:
         """See `Gating`."""
         self.logits.append(logits)
@@ -99,49 +104,61 @@ class ImposedForward(nn.Module):
         self.executor = executor
         self.gating = gating
 
-    def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> tuple[Tensor, ...]:
-        """(B, C_in, h, w), (B,), (B,) -> the prediction (B, C_out, h, w), and the logits of every router that ran."""
+    def forward(self, hidden_states: Tensor, timestep: Tensor, condition: Any) -> tuple[Tensor, ...]:
+        """(B, *sample_shape), (B,), conditions -> the prediction, and the logits of every router that ran."""
         gating = WitnessedGating(self.gating)
         prediction, _ = self.model.denoise(
-            hidden_states, timestep, class_labels, executor=self.executor, gating=gating
+            hidden_states, timestep, condition, executor=self.executor, gating=gating
         )
         return prediction, *gating.logits
 
 
-def count_static(
-    model: DynamicModel, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor
-) -> CountedMacs:
+class ConditionedForward(nn.Module):
+    """A forward with its condition bound, for a tracer that takes tensors alone: prompts are none."""
+
+    def __init__(self, forward: nn.Module, condition: Any) -> None:
+        super().__init__()
+        self.bound = forward
+        self.condition = condition
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor, ...]:
+        """See `ImposedForward`."""
+        outputs: tuple[Tensor, ...] = self.bound(hidden_states, timestep, self.condition)
+        return outputs
+
+
+def count_static(model: DynamicModel, hidden_states: Tensor, timestep: Tensor, condition: Any) -> CountedMacs:
     """Count the complete model without routers.
 
     Args:
         model: In eval mode.
-        hidden_states: (B, C_in, h, w).
+        hidden_states: (B, *sample_shape).
         timestep: (B,).
-        class_labels: (B,).
+        condition: Of the B samples.
     """
     forward = ImposedForward(model, StaticExecutor(), CompleteGating())
-    return _count(forward, (hidden_states, timestep, class_labels), None)
+    return _count(forward, (hidden_states, timestep, condition), None)
 
 
 def count_compact(
-    model: DynamicModel, routing: Routing, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor
+    model: DynamicModel, routing: Routing, hidden_states: Tensor, timestep: Tensor, condition: Any
 ) -> CountedMacs:
     """Count compact execution of ``routing``, routers included.
 
     Args:
         model: In eval mode.
         routing: Masks of the B samples, as `model.denoise` or `model.routing` gives them.
-        hidden_states: (B, C_in, h, w).
+        hidden_states: (B, *sample_shape).
         timestep: (B,).
-        class_labels: (B,).
+        condition: Of the B samples.
     """
     forward = ImposedForward(model, CompactExecutor(), ImposedGating(routing))
-    return _count(forward, (hidden_states, timestep, class_labels), routing)
+    return _count(forward, (hidden_states, timestep, condition), routing)
 
 
 @torch.no_grad()
 def _count(
-    forward: ImposedForward, inputs: tuple[Tensor, Tensor, Tensor], routing: Routing | None
+    forward: ImposedForward, inputs: tuple[Tensor, Tensor, Any], routing: Routing | None
 ) -> CountedMacs:
     batch = len(inputs[0])
     report = macs_of(forward.model.geometry, routing)
@@ -155,10 +172,11 @@ def _count(
     )
 
 
-def _fvcore_macs(forward: nn.Module, inputs: tuple[Tensor, ...]) -> float:
+def _fvcore_macs(forward: nn.Module, inputs: tuple[Tensor, Tensor, Any]) -> float:
     from fvcore.nn import FlopCountAnalysis
 
-    analysis = FlopCountAnalysis(forward, inputs)
+    *tensors, condition = inputs
+    analysis = FlopCountAnalysis(ConditionedForward(forward, condition), tuple(tensors))
     analysis.set_op_handle("aten::scaled_dot_product_attention", attention_handle)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     return float(analysis.total())
@@ -176,7 +194,7 @@ def attention_handle(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
     return int(pairs * query[-1] + pairs * value[-1])
 
 
-def _torch_macs(forward: nn.Module, inputs: tuple[Tensor, ...]) -> float:
+def _torch_macs(forward: nn.Module, inputs: tuple[Tensor, Tensor, Any]) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     # The fused CPU kernel is not in the counter's table; the mathematical one is made of products that are.

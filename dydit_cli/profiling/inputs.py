@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dydit_cli.artifacts import read_manifest
 from dydit_cli.data import Source, open_data
-from dydit_cli.data.opening import PACKAGED
+from dydit_cli.data.opening import MOVING, PACKAGED
 from dydit_cli.data.source import Draw
 from dydit_cli.dynamic.geometry import Geometry
 from dydit_cli.errors import DyditError
@@ -24,10 +24,19 @@ from dydit_cli.randomness import generator, normal
 
 PACKAGED_DATA = "fashion-mnist-subset"
 PACKAGED_INPUT = (1, 32, 10)
-"""Channels, side and classes of the packaged data."""
+"""Channels, side and classes of the packaged data, images and the videos made of them."""
 
 GENERATIONS = 4
 """How many artifacts up the manifests are asked for data: an export of a fine-tuning of a fine-tuning of a conversion."""
+
+NOISE_NOTE = (
+    "Noise instead of images, because no data are given or known: widths are exact (they depend on t alone), "
+    "tokens and every ratio are not those of real images. Pass --data."
+)
+PROMPTED_NOTE = (
+    "Noise and an embedding of noise instead of samples and prompts: widths are exact (they depend on t alone), tokens and every "
+    "ratio are not those of real samples."
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,12 @@ class Inputs:
 
 
 def find_inputs(
-    geometry: Geometry, data: str | None, model: Path | None, noise_samples: int, seed: int
+    geometry: Geometry,
+    data: str | None,
+    model: Path | None,
+    noise_samples: int,
+    seed: int,
+    prompt: Any = None,
 ) -> Inputs:
     """Find inputs for a model.
 
@@ -58,6 +72,7 @@ def find_inputs(
         model: The model's folder, whose manifest may name data.
         noise_samples: How many samples of noise to make where there is no data.
         seed: Of the noise.
+        prompt: What goes with noise in models that read prompts: the condition of one sample. None for models that read labels.
 
     Raises:
         DyditError: If given data are missing, damaged, or do not fit the model.
@@ -72,13 +87,15 @@ def find_inputs(
             # What the manifest names may have changed since; nobody asked for it, so the next choice is taken.
             named = None
     if (geometry.in_channels, geometry.sample_size, geometry.num_classes) == PACKAGED_INPUT:
-        return _held_out(geometry, PACKAGED_DATA, "which comes with dydit and fits the model's input")
+        packaged = MOVING if geometry.num_frames else PACKAGED_DATA
+        return _held_out(geometry, packaged, "which comes with dydit and fits the model's input")
     return Inputs(
-        source=NoiseSource(geometry, noise_samples, seed),
+        source=NoiseSource(geometry, noise_samples, seed)
+        if prompt is None
+        else PromptedNoise(geometry, noise_samples, seed, prompt),
         real=False,
         data=None,
-        note="Noise instead of images, because no data are given or known: widths are exact (they depend on t alone), "
-        "tokens and every ratio are not those of real images. Pass --data.",
+        note=NOISE_NOTE if prompt is None else PROMPTED_NOTE,
     )
 
 
@@ -91,7 +108,7 @@ def data_of(model: Path) -> str | None:
         except DyditError:
             return None
         data = (manifest.get("settings") or {}).get("data")
-        if data and (data in PACKAGED or Path(data).expanduser().exists()):
+        if data and (data in (*PACKAGED, MOVING) or Path(data).expanduser().exists()):
             return str(data)
         parent = (manifest.get("parent") or {}).get("path")
         if parent is None:
@@ -117,8 +134,9 @@ class NoiseSource:
     def __init__(self, geometry: Geometry, samples: int, seed: int) -> None:
         self._shape = geometry.sample_shape
         self._seed = seed
+        # A model without classes has samples all the same.
         self.labels = torch.randint(
-            geometry.num_classes, (samples,), generator=generator(seed, "noise_labels")
+            max(1, geometry.num_classes), (samples,), generator=generator(seed, "noise_labels")
         )
 
     def __len__(self) -> int:
@@ -139,3 +157,22 @@ class NoiseSource:
     def describe(self) -> dict[str, Any]:
         """See `Source`."""
         return {"kind": "noise", "samples": len(self), "seed": self._seed}
+
+
+class PromptedNoise(NoiseSource):
+    """Noise for a model that reads prompts.
+
+    Args:
+        geometry: Of the model.
+        samples: How many.
+        seed: Sample i depends on (seed, i) alone.
+        prompt: The condition of every sample, a batch of one.
+    """
+
+    def __init__(self, geometry: Geometry, samples: int, seed: int, prompt: Any) -> None:
+        super().__init__(geometry, samples, seed)
+        self._prompt = prompt
+
+    def conditions(self, indices: Sequence[int]) -> Any:
+        """See `TextSource`."""
+        return self._prompt[[0] * len(indices)]

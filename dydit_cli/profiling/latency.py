@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class LatencyReport:
         dense_ratio: Dense / static.
         repetitions: Rounds.
         compiled: Whether the blocks of static and compact execution were compiled while time was measured.
+        graphs: Whether their steps were recorded as CUDA graphs then.
         timesteps: Noise levels of a round, as t.
         batch: Images in a forward.
         threads: Of torch on the CPU.
@@ -63,6 +64,7 @@ class LatencyReport:
     dense_ratio: float
     repetitions: int
     compiled: bool
+    graphs: bool
     timesteps: list[float]
     batch: int
     threads: int
@@ -78,10 +80,11 @@ def measure_latency(
     model: DynamicModel,
     objective: Objective,
     clean: Tensor,
-    labels: Tensor,
+    condition: Any,
     *,
     repetitions: int,
     compile: bool = False,  # noqa: A002
+    graphs: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -91,10 +94,11 @@ def measure_latency(
     Args:
         model: In eval mode, on its device. Its execution is the same afterwards; a plan that it had is gone.
         objective: Of its family; gives the levels and the noising.
-        clean: (B, C, h, w) samples.
-        labels: (B,).
+        clean: (B, *sample_shape) samples.
+        condition: Of each.
         repetitions: Rounds, an order reversed every other one.
         compile: Whether time is that of compiled blocks; memory is always that of eager ones.
+        graphs: Whether time is that of steps recorded as CUDA graphs; likewise.
         dtype: To run in.
         seed: Of the noise.
         on_progress: Told how many passes over the levels, of how many, are done.
@@ -102,15 +106,15 @@ def measure_latency(
     if model.dtype != dtype:
         model = copy.deepcopy(model).to(dtype)
     device = model.device
-    levels = _levels(objective, clean.to(device), labels.to(device), seed)
-    before = model.execution, model.is_compiled
+    levels = _levels(objective, clean.to(device), condition.to(device), seed)
+    before = model.execution_options
     schedule = [float(level.timestep[0]) for level in levels]
     sides: dict[str, Callable[..., object]] = {
         "static": partial(model.denoise, executor=StaticExecutor(), gating=CompleteGating()),
         "dense": partial(model.denoise, executor=DenseExecutor()),
         "compact": model.denoise,
     }
-    done, total = 0, 1 + len(sides) * (1 + repetitions)
+    done, total = 0, 1 + len(sides) * (1 + int(graphs) + repetitions)
 
     def sweep(side: str) -> None:
         nonlocal done
@@ -127,11 +131,16 @@ def measure_latency(
 
     packed = measure_memory(pack, device).retained
     peaks = {name: max(_peak(run, level, device) for level in levels) for name, run in sides.items()}
-    if compile:
-        model.set_execution("static").set_execution("compact", compile=True).plan(schedule)
-        sides["static"] = partial(model.denoise, executor=CompiledStaticExecutor(), gating=CompleteGating())
+    if compile or graphs:
+        model.set_execution("static").set_execution("compact", compile, graphs=graphs).plan(schedule)
+        baseline = CompiledStaticExecutor() if compile else model.make_step_runner("static", True, None)
+        sides["static"] = partial(model.denoise, executor=baseline, gating=CompleteGating())
+    if graphs:
+        # What was seen once is recorded when it comes again, which is to be over when time is measured.
+        for name in sides:
+            sweep(name)
     seconds = interleaved({name: partial(sweep, name) for name in sides}, repetitions, time.perf_counter)
-    model.set_execution("static").set_execution(*before)
+    model.set_execution("static").set_execution(**before)
     compact = paired_ratio(seconds["compact"], seconds["static"], seed)
     return LatencyReport(
         **{f"{name}_ms": _median(seconds[name]) / len(levels) * 1000 for name in sides},
@@ -140,6 +149,7 @@ def measure_latency(
         dense_ratio=paired_ratio(seconds["dense"], seconds["static"], seed).ratio,
         repetitions=repetitions,
         compiled=compile,
+        graphs=graphs,
         timesteps=[float(level.timestep[0]) for level in levels],
         batch=len(clean),
         threads=torch.get_num_threads(),
@@ -156,16 +166,16 @@ class Level(NamedTuple):
 
     hidden_states: Tensor
     timestep: Tensor
-    class_labels: Tensor
+    condition: Any
 
 
-def _levels(objective: Objective, clean: Tensor, labels: Tensor, seed: int) -> list[Level]:
+def _levels(objective: Objective, clean: Tensor, condition: Any, seed: int) -> list[Level]:
     """The noisiest first."""
     noise = normal(seed, tuple(clean.shape), "latency_noise").to(clean.device)
     grid = objective.grid(LEVELS)
     noisiest_first = grid[objective.noise_level(grid).argsort(descending=True)]
     times = [torch.full((len(clean),), float(t), device=clean.device) for t in noisiest_first]
-    return [Level(objective.noised(clean, noise, t), t, labels) for t in times]
+    return [Level(objective.noised(clean, noise, t), t, condition) for t in times]
 
 
 def _peak(run: Callable[..., object], level: Level, device: torch.device) -> int:

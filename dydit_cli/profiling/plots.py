@@ -108,7 +108,7 @@ def block_figure(kind: str, blocks: BlockShares, model_title: str) -> Figure:
 
 
 def token_figure(maps: TokenMaps, model_title: str) -> Figure:
-    """Images as they fade from noise to data, and under each the share of blocks in which each token is kept."""
+    """Images or frames as they fade from noise to data, and under each the share of blocks in which each token is kept."""
     images, levels = maps.kept.shape[:2]
     cell, left, top, bottom = 1.16, 0.2, 1.02, 0.55
     columns = levels + 1
@@ -130,7 +130,9 @@ def token_figure(maps: TokenMaps, model_title: str) -> Figure:
         whole = figure.add_subplot(grid[:, 0])
         whole.imshow(_picture(maps.clean[row], limits), **GREY)
         _bare(whole)
-        if row == 0:
+        if maps.frames is not None:
+            whole.set_title(f"frame {maps.frames[row] + 1}", fontsize=9, color=INK, pad=5)
+        elif row == 0:
             whole.set_title("image", fontsize=9, color=INK, pad=5)
         for column in range(levels):
             above = figure.add_subplot(grid[0, column + 1])
@@ -167,7 +169,7 @@ def token_figure(maps: TokenMaps, model_title: str) -> Figure:
     _heading(
         figure,
         height,
-        f"Tokens over an image, {model_title}",
+        f"Tokens over {'an image' if maps.frames is None else 'a video'}, {model_title}",
         f"above the model's input, below it the share of blocks whose MLP sees each token; {mean:.0%} on average",
     )
     return figure

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from dydit_cli.artifacts.manifest import versions
+from dydit_cli.data.conditions import conditions_of
 from dydit_cli.dynamic.gates import ThresholdGating
 from dydit_cli.execution import CompactExecutor
 from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.families.registry import family_of
 from dydit_cli.flops import macs_of, ratio_floor, router_macs
-from dydit_cli.objectives import HeldOutDraws, Objective, objective_for
+from dydit_cli.objectives import HeldOutDraws, Objective, objective_of
 from dydit_cli.profiling.counting import CountedMacs, count_compact, count_static
 from dydit_cli.profiling.inputs import Inputs
 from dydit_cli.profiling.latency import LatencyReport, measure_latency
@@ -44,6 +45,7 @@ class ProfileSettings:
         latency_batch: Samples of a forward of that.
         repetitions: Rounds of that.
         compile: Whether blocks of static and compact execution are compiled for the time of that.
+        graphs: Whether steps of static and compact execution are recorded as CUDA graphs for the time of that.
         dtype: Type of numbers of that.
         seed: Of every draw.
     """
@@ -55,6 +57,7 @@ class ProfileSettings:
     latency_batch: int = 4
     repetitions: int = 11
     compile: bool = False
+    graphs: bool = False
     dtype: torch.dtype = torch.float32
     seed: int = 0
 
@@ -179,7 +182,7 @@ def profile(
     """
     settings = settings or ProfileSettings()
     static = model.execution == "static"
-    objective = objective_for(model.family)
+    objective = objective_of(model)
     complete = macs_of(model.geometry)
     if inputs is not None:
         draws = HeldOutDraws(
@@ -195,17 +198,20 @@ def profile(
         executed = _everything(model, objective, settings.timesteps)
     else:
         raise ValueError("a dynamic model is profiled on inputs; see find_inputs")
-    clean, labels = _samples(model, inputs, settings.latency_batch if settings.latency else 1)
-    counted = _counted(model, objective, clean[:1], labels[:1], settings.seed, on_progress)
+    clean, condition = _samples(
+        model, inputs, settings.latency_batch if settings.latency else 1, settings.seed
+    )
+    counted = _counted(model, objective, clean[:1], condition[:1], settings.seed, on_progress)
     latency = None
     if settings.latency:
         latency = measure_latency(
             model,
             objective,
             clean,
-            labels,
+            condition,
             repetitions=settings.repetitions,
             compile=settings.compile,
+            graphs=settings.graphs,
             dtype=settings.dtype,
             seed=settings.seed,
             on_progress=lambda done, total: on_progress("time and memory", done, total),
@@ -266,14 +272,12 @@ def _everything(model: DynamicModel, objective: Objective, timesteps: int) -> Ex
     )
 
 
-def _samples(model: DynamicModel, inputs: Inputs | None, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, C, h, w) and (B,) samples for counting and timing; repeated where there are fewer, zeros where there are none."""
-    geometry = model.geometry
+def _samples(model: DynamicModel, inputs: Inputs | None, count: int, seed: int) -> tuple[torch.Tensor, Any]:
+    """(B, *sample_shape) samples and conditions for counting and timing; repeated where there are fewer, noise where there are none."""
     if inputs is None:
-        shape = (count, *geometry.sample_shape)
-        return torch.zeros(shape), torch.zeros(count, dtype=torch.long)
+        return model.example_inputs(count, seed)
     chosen = [index % len(inputs.source) for index in range(count)]
-    return inputs.source.batch(chosen), inputs.source.labels[chosen]
+    return inputs.source.batch(chosen), conditions_of(inputs.source, chosen)
 
 
 @torch.no_grad()
@@ -281,7 +285,7 @@ def _counted(
     model: DynamicModel,
     objective: Objective,
     clean: torch.Tensor,
-    labels: torch.Tensor,
+    condition: Any,
     seed: int,
     on_progress: Progress,
 ) -> dict[str, CountedGmacs]:
@@ -292,7 +296,7 @@ def _counted(
     # An odd grid has a middle.
     t = objective.grid(3)[1:2]
     noised = objective.noised(clean, normal(seed, tuple(clean.shape), "counting_noise"), t)
-    given = (noised.to(model.device), t.to(model.device), labels.to(model.device))
+    given = (noised.to(model.device), t.to(model.device), condition.to(model.device))
     counted = {"static": CountedGmacs.of(count_static(model, *given))}
     on_progress("counting", 1, total)
     if not static:

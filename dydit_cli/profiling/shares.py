@@ -16,6 +16,7 @@ from dydit_cli.dynamic.geometry import Geometry
 from dydit_cli.dynamic.routing import Routing
 from dydit_cli.execution import CompactExecutor, Executor, StaticExecutor
 from dydit_cli.families.dynamic_model import DynamicModel
+from dydit_cli.families.resolution import geometry_of
 from dydit_cli.flops import executed_ratio, macs_of
 from dydit_cli.objectives import HeldOutBatch, HeldOutDraws, Objective
 
@@ -109,7 +110,8 @@ def measure_shares(
     done, total = 0, draws.samples * draws.turns
     for batch in draws.batches(model.device):
         routing = _decisions(model, draws.objective, batch, executor, gating)
-        levels.setdefault(float(batch.t[0]), []).append(_rows(routing, model.geometry, static))
+        geometry = geometry_of(model.geometry, batch.clean.shape, batch.condition)
+        levels.setdefault(float(batch.t[0]), []).append(_rows(routing, geometry, static))
         done += len(batch.t)
         on_progress(done, total)
     return _summed_up(
@@ -121,7 +123,7 @@ def _decisions(
     model: DynamicModel, objective: Objective, batch: HeldOutBatch, executor: Executor, gating: Gating
 ) -> Routing:
     noisy = objective.noised(batch.clean, batch.noise, batch.t)
-    _, routing = model.denoise(noisy, batch.t, batch.labels, executor=executor, gating=gating)
+    _, routing = model.denoise(noisy, batch.t, batch.condition, executor=executor, gating=gating)
     return routing.cpu()
 
 

@@ -1,4 +1,4 @@
-"""Where in an image the tokens are kept: a few held-out images, each at several noise levels."""
+"""Where tokens are kept: a few held-out images, or frames of a held-out video, each at several noise levels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from dydit_cli.data import Source
+from dydit_cli.data.buckets import same_shape
+from dydit_cli.data.conditions import conditions_of
 from dydit_cli.dynamic.gates import ThresholdGating
 from dydit_cli.execution import CompactExecutor
 from dydit_cli.families.dynamic_model import DynamicModel
@@ -27,6 +29,7 @@ class TokenMaps:
         clean: (K, C, h, w).
         noised: (K, T, C, h, w).
         kept: (K, T, side, side), the share of blocks in which a token is kept.
+        frames: Of a video, the numbers of the K frames that are shown, from 0; None for K images.
     """
 
     noise_level: Tensor
@@ -34,11 +37,13 @@ class TokenMaps:
     clean: Tensor
     noised: Tensor
     kept: Tensor
+    frames: tuple[int, ...] | None = None
 
 
 @torch.no_grad()
 def token_maps(model: DynamicModel, source: Source, objective: Objective, seed: int = 0) -> TokenMaps:
-    """Run a few samples of distinct classes through a model and note which tokens it keeps.
+    """Run a few samples of distinct classes through a model and note which tokens it keeps; of a video model, one video, of
+    which the first, the middle and the last frame are shown.
 
     Args:
         model: In eval mode; thresholds with its ``keep_bias``.
@@ -46,12 +51,17 @@ def token_maps(model: DynamicModel, source: Source, objective: Objective, seed: 
         objective: Of the model's family.
         seed: Of the noise, which is the same at all levels, so that one sees one image fade.
     """
-    chosen = _of_distinct_classes(source.labels, IMAGES)
-    clean, labels = source.batch(chosen), source.labels[chosen]
+    geometry = model.geometry
+    # Images of one shape; those of another would need a picture of their own.
+    first = same_shape(source, range(len(source)))[0]
+    distinct = _of_distinct_classes(source.labels[first], 1 if geometry.num_frames else IMAGES)
+    chosen = [first[place] for place in distinct]
+    clean, condition = source.batch(chosen), conditions_of(source, chosen)
     noise = torch.stack([normal(seed, tuple(clean.shape[1:]), "token_maps", index) for index in chosen])
     grid = objective.grid(LEVELS)
     order = objective.noise_level(grid).argsort(descending=True)
-    side = model.geometry.sample_size // model.geometry.patch_size
+    sides = tuple(length // geometry.patch_size for length in clean.shape[-2:])
+    places = (geometry.num_frames, *sides) if geometry.num_frames else sides
     noised, kept = [], []
     for t in grid[order].tolist():
         times = torch.full((len(chosen),), t)
@@ -59,18 +69,24 @@ def token_maps(model: DynamicModel, source: Source, objective: Objective, seed: 
         _, routing = model.denoise(
             states.to(model.device),
             times.to(model.device),
-            labels.to(model.device),
+            condition.to(model.device),
             executor=CompactExecutor(),
             gating=ThresholdGating(model.keep_bias),
         )
         noised.append(states)
-        kept.append(routing.tokens.float().mean(dim=1).unflatten(1, (side, side)).cpu())
+        kept.append(routing.tokens.float().mean(dim=1).unflatten(1, places).cpu())
+    levels = objective.noise_level(grid)[order]
+    pictures, maps = torch.stack(noised, dim=1), torch.stack(kept, dim=1)
+    if not geometry.num_frames:
+        return TokenMaps(levels, grid[order], clean, pictures, maps)
+    frames = sorted({0, geometry.num_frames // 2, geometry.num_frames - 1})
     return TokenMaps(
-        noise_level=objective.noise_level(grid)[order],
-        t=grid[order],
-        clean=clean,
-        noised=torch.stack(noised, dim=1),
-        kept=torch.stack(kept, dim=1),
+        levels,
+        grid[order],
+        clean[0, frames],
+        pictures[0][:, frames].transpose(0, 1),
+        maps[0][:, frames].transpose(0, 1),
+        tuple(frames),
     )
 
 

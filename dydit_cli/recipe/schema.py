@@ -11,11 +11,12 @@ the place where it was first used.
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
 from dydit_cli.recipe.values import (
+    Budgets,
     Count,
     Dial,
     Flag,
@@ -27,9 +28,12 @@ from dydit_cli.recipe.values import (
     OutFolder,
     Positive,
     Probability,
+    Real,
     Seed,
     Share,
+    Sides,
     Text,
+    names,
 )
 
 SCHEMA_VERSION = 1
@@ -38,6 +42,12 @@ MOMENTARY_KEYS = frozenset({"resume", "overwrite"})
 """Keys that say how a command was started and not what it makes; a resolved recipe leaves them out."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+Names = Annotated[tuple[Text, ...], BeforeValidator(names)]
+
+VideoFormats = Annotated[tuple[Literal["mp4", "gif", "frames", "grid"], ...], BeforeValidator(names)]
+
+Conditions = Annotated[tuple[Text, ...], BeforeValidator(names)]
 
 
 class Section(BaseModel):
@@ -64,6 +74,10 @@ class ConvertSection(Section):
         num_heads: Attention heads, where the file cannot say.
         num_groups: Channel groups of the MLP; as many as heads if not given (the paper).
         grouping: Whether channels are sorted by importance before they are cut into groups, or cut as they stand (ours).
+        width: Which masks heads and channel groups can have: `free` (any set of units, the paper) or `ordered` (the most important
+            ones: slicing them is a view, never a copy; ours).
+        lora: FLUX: adapters to merge before the ranking, `FILE:SCALE` each; a key that fits no layer is an error.
+        axes_dims_rope: FLUX: how a head's channels are shared among the rotary axes, where heads have other than 128 (16,56,56).
         importance: `magnitude`, `taylor`, `random`, or an `importance.safetensors` of an earlier conversion.
         importance_samples: Samples that Taylor importance averages over (ours).
         data: Where Taylor importance finds its samples.
@@ -81,6 +95,9 @@ class ConvertSection(Section):
     num_heads: Count | None = None
     num_groups: Count | None = None
     grouping: Literal["sorted", "contiguous"] = "sorted"
+    width: Literal["free", "ordered"] = "free"
+    lora: Names | None = None
+    axes_dims_rope: Sides | None = None
     importance: Location = "magnitude"
     importance_samples: Count = 256
     data: Location | None = None
@@ -101,10 +118,13 @@ class FinetuneSection(Section):
 
     Attributes:
         model: The folder of a converted (or already trained) model.
-        data: An image folder, IDX files, an `.npz`, ready latents, or `fashion-mnist-subset`.
+        data: An image folder, IDX files, an `.npz`, ready latents, or `fashion-mnist-subset`; for a video model, a folder of
+            videos (`FOLDER:frame_interval=2`), an `.npz`, ready latents, or `moving-fashion-mnist`.
         out: The folder to write.
         steps: Optimiser steps.
         target_ratio: λ, the share of the static model's attention and MLP MACs to keep.
+        budgets: Least and largest ratio of a model that serves all between them; each step draws one, tells it to the routers, and
+            trains for it. `target_ratio` is then what the result does unless told otherwise (ours).
         batch_size: Global batch (the paper: 256).
         seed: Every random draw is a function of it.
         learning_rate: AdamW's, constant (the paper: 1e-4).
@@ -115,7 +135,18 @@ class FinetuneSection(Section):
         full_width_steps: Steps with a target of 1.0 before the ramp.
         ramp_steps: Steps in which the target falls linearly to `target_ratio`.
         complete_branch_steps: Steps that also train the complete model on the same noisy batch (XL only).
+        complete_branch_every: Of these steps, every how many does so; 4 costs a quarter of the second forward (ours).
         temperature: τ of the Gumbel-sigmoid.
+        gating: How training decides masks: `gumbel` samples them with noise all along (the paper); `annealed` lets the noise fall to
+            nothing after the ramp, so that training ends with the thresholds that evaluation uses (ours).
+        anneal_steps: Steps after the ramp in which the noise falls; as many as the ramp has if not given.
+        feedback: After the ramp, move the target of training by what the averaged weights' realised ratio misses (ours).
+        calibrate: At the end, add to all router logits the one small number at which the realised ratio is the target (ours).
+        loss: What is learned: `denoising` (the data's own targets) or `distillation` (the predictions that the complete model
+            made before training, at guidance from 1 to 5); `auto` distils FLUX and denoises otherwise (ours).
+        timestep_location: FLUX: mean of the normal variable whose sigmoid draws timesteps.
+        timestep_scale: FLUX: its standard deviation.
+        timestep_shift: FLUX: whether these timesteps move with the resolution as the sampler's do.
         ema_decay: Decay of the averaged weights, which are what is evaluated and saved.
         label_dropout: Share of labels replaced by the null class.
         mirror: Mirror images at random; a list names labels that are never mirrored.
@@ -141,6 +172,7 @@ class FinetuneSection(Section):
     out: OutFolder
     steps: Count
     target_ratio: Share = 0.5
+    budgets: Budgets | None = None
     batch_size: Count = 64
     seed: Seed = 0
     learning_rate: Positive = 1e-4
@@ -151,7 +183,16 @@ class FinetuneSection(Section):
     full_width_steps: NonNegative = 100
     ramp_steps: NonNegative = 1000
     complete_branch_steps: NonNegative = 0
+    complete_branch_every: Count = 1
     temperature: Positive = 5.0
+    gating: Literal["gumbel", "annealed"] = "gumbel"
+    anneal_steps: NonNegative | None = None
+    feedback: Flag = False
+    calibrate: Flag = True
+    loss: Literal["auto", "denoising", "distillation"] = "auto"
+    timestep_location: Real = 0.0
+    timestep_scale: Positive = 1.0
+    timestep_shift: Flag = True
     ema_decay: Probability = 0.9999
     label_dropout: Probability = 0.1
     mirror: Mirror = True
@@ -174,6 +215,84 @@ class FinetuneSection(Section):
             raise ValueError("resume and overwrite exclude each other; give one of the two")
         return self
 
+    @model_validator(mode="after")
+    def _budgets_are_a_range_with_the_target(self) -> Self:
+        if self.budgets is None:
+            return self
+        if len(self.budgets) != 2 or self.budgets[0] >= self.budgets[1]:
+            raise ValueError("budgets must be a least and a larger ratio, such as [0.3, 1.0]")
+        if not self.budgets[0] <= self.target_ratio <= self.budgets[1]:
+            raise ValueError("target_ratio must lie between the budgets")
+        return self
+
+
+class PrepareSection(Section):
+    """Encode pictures, or draw latents from prompts, once before training.
+
+    Attributes:
+        data: Pictures: a folder with captions (`.txt` beside the images, or `metadata.jsonl`), webdataset tars, class folders,
+            IDX files, or `fashion-mnist-subset`; or
+        prompts: a file of prompts, one a line, from which the pipeline draws the latents itself.
+        out: The folder to write.
+        pipeline: A local FLUX pipeline folder, or `builtin:NAME`: its text encoders read captions, its `vae` encodes. Without
+            it, class labels are stored.
+        vae: A local autoencoder folder, where there is no pipeline, or in place of its own.
+        caption: A caption for pictures that have a class alone; `{class}` stands for its name, and `|` separates several.
+        resolution: Side of the pictures in pixels; with several, each picture takes the largest that it fills.
+        buckets: Whether pictures keep their shape, in sizes of the area of `resolution`; else all become squares.
+        count: Latents to draw from prompts; one a prompt if not given.
+        limit: Most pictures, evenly taken; all if not given.
+        mirror: Encode mirrored pictures as well, which training then draws from.
+        text_tokens: Length of prompts; the tokenizer's, at most 512, if not given.
+        steps: Steps of drawing.
+        guidance: Distilled guidance of drawing.
+        batch_size: Pictures in a forward.
+        processes: Processes that encode pictures.
+        seed: Latent i depends on the seed and i alone.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        dtype: Type of text encoders, of stored texts, and of drawing; pictures are always encoded in float32.
+        resume: Go on with an unfinished folder.
+        overwrite: Replace an existing one.
+    """
+
+    stage: ClassVar[str] = "prepare"
+
+    data: Location | None = None
+    prompts: Location | None = None
+    out: OutFolder
+    pipeline: Location | None = None
+    vae: Location | None = None
+    caption: Text | None = None
+    resolution: Sides = (256,)
+    buckets: Flag = True
+    count: Count | None = None
+    limit: Count | None = None
+    mirror: Flag = False
+    text_tokens: Count | None = None
+    steps: Count = 28
+    guidance: NonNegativeReal = 3.5
+    batch_size: Count = 8
+    processes: Count = 1
+    seed: Seed = 0
+    device: Text = "auto"
+    dtype: Dtype = "float32"
+    resume: Flag = False
+    overwrite: Flag = False
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if (self.data is None) == (self.prompts is None):
+            raise ValueError("needs either data (pictures) or prompts" + (", not both" if self.data else ""))
+        if self.prompts is not None and self.pipeline is None:
+            raise ValueError("prompts need a pipeline, which draws the latents")
+        if self.pipeline is None and self.vae is None:
+            raise ValueError("needs a pipeline (captions) or a vae (classes)")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other; give one of the two")
+        if min(self.resolution) < 1:
+            raise ValueError("resolution must be at least 1")
+        return self
+
 
 class ProfileSection(Section):
     """Count MACs and parameters, per timestep and block, and measure time and memory.
@@ -181,6 +300,7 @@ class ProfileSection(Section):
     Attributes:
         model: The folder of a model; or
         preset: the name of a published size such as `dit-xl/2`, built with fresh weights.
+        budget: The ratio to run at, of a model trained for a range of them.
         data: Held-out images that the token routers see; noise alone if not given.
         images: Held-out images.
         timesteps: Stratified timesteps.
@@ -189,6 +309,7 @@ class ProfileSection(Section):
         latency_batch: Images a forward of the time measurement.
         repetitions: Interleaved pairs of the time measurement, of which the median counts.
         compile: Measure the time of static and compact execution with compiled blocks.
+        graphs: Measure the time of static and compact execution with steps recorded as CUDA graphs.
         trajectory: Also report the ratio on the sampler's own states.
         seed: Seed of every draw.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -202,6 +323,7 @@ class ProfileSection(Section):
 
     model: Location | None = None
     preset: Text | None = None
+    budget: Share | None = None
     data: Location | None = None
     images: Count = 1000
     timesteps: Count = 50
@@ -210,6 +332,7 @@ class ProfileSection(Section):
     latency_batch: Count = 4
     repetitions: Count = 11
     compile: Flag = False
+    graphs: Flag = False
     trajectory: Flag = True
     seed: Seed = 0
     device: Text = "auto"
@@ -233,18 +356,33 @@ class SampleSection(Section):
         classes: Labels, used in turn; all labels in turn if not given.
         num_images: Images to draw.
         steps: Steps of the sampler (for an ODE: intervals).
-        guidance: Classifier-free guidance scale; 1 runs no second branch (1.5 for FID, 4.0 for pictures).
-        guidance_channels: Whether guidance acts on the first three noise channels, as the original code does, or on all.
-        sampler: A sampler of the model's family; `ddpm` for DiT and `euler` for SiT if not given.
+        guidance: Classifier-free guidance scale; 1 runs no second branch (1.5 for FID, 4.0 for pictures). Of FLUX, the strength
+            that the model takes as an input. If not given, 1.5, and 3.5 for FLUX.
+        guidance_channels: Noise channels that guidance acts on: as many as the `original` code guides (DiT and SiT three,
+            Latte four), the `first3`, or `all`.
+        sampler: A sampler of the model's family; `ddpm` for DiT, `euler` for SiT and FLUX if not given.
+        prompt: FLUX: a prompt, or several separated by `|`;
+        prompts: or a file of prompts, one a line, used in turn;
+        cache: or conditions out of a prepared cache, used in turn.
+        pipeline: FLUX: a local pipeline folder, or `builtin:NAME`: its text encoders read prompts, its `vae` decodes, and its
+            scheduler's configuration says how noise levels move with the resolution.
+        height, width: FLUX: of the images, in pixels; the model's reference resolution if not given.
         seed: Image i depends on (seed, i) alone.
         batch_size: Images a forward.
         execution: `compact` skips what the routers switch off, `dense` multiplies it by zero, `static` ignores the routers.
         compile: Compile the model's blocks with `torch.compile`, for compact and static execution.
+        graphs: Record whole steps as CUDA graphs, for compact and static execution on a CUDA device.
+        token_capacity: Room in the MLPs for this share of a batch's tokens, which makes shapes static, for compact execution;
+            none, or with `graphs` as much as turns out to be needed, if not given.
         keep_bias: Added to every router logit: a dial without training; `inf` keeps everything.
+        budget: The ratio to run at, of a model trained for a range of them.
         vae: A local AutoencoderKL folder; latents are saved if not given.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: Type of weights and activations.
         deterministic: Make each image alone, so that it is the same bit for bit whatever the batch size.
+        video_formats: What the samples of a video model become, beside `samples.npz`: files a video (`mp4`, `gif`), a folder
+            of its frames (`frames`), and pictures of the first videos (`grid`).
+        fps: Frames a second of these files; a GIF shows at most 50.
         overwrite: Replace an existing artifact.
     """
 
@@ -256,18 +394,29 @@ class SampleSection(Section):
     classes: Labels | None = None
     num_images: Count = 8
     steps: Count = 50
-    guidance: NonNegativeReal = 1.5
-    guidance_channels: Literal["first3", "all"] = "first3"
+    guidance: NonNegativeReal | None = None
+    guidance_channels: Literal["original", "first3", "all"] = "original"
     sampler: Literal["ddpm", "ddim", "dpm++", "euler", "heun", "dopri5", "sde"] | None = None
+    prompt: Text | None = None
+    prompts: Location | None = None
+    cache: Location | None = None
+    pipeline: Location | None = None
+    height: Count | None = None
+    width: Count | None = None
     seed: Seed = 0
     batch_size: Count = 32
     execution: Literal["compact", "dense", "static"] = "compact"
     compile: Flag = False
+    graphs: Flag = False
+    token_capacity: Share | None = None
     keep_bias: Dial = 0.0
+    budget: Share | None = None
     vae: Location | None = None
     device: Text = "auto"
     dtype: Dtype = "float32"
     deterministic: Flag = False
+    video_formats: VideoFormats = ("mp4", "gif", "grid")
+    fps: Positive = 8.0
     overwrite: Flag = False
 
     @model_validator(mode="after")
@@ -279,6 +428,80 @@ class SampleSection(Section):
         return self
 
 
+class EvaluateSection(Section):
+    """Measure how good samples are, and how near a dynamic model stays to its static one.
+
+    Attributes:
+        model: The folder of a model, which is sampled; or
+        samples: a folder of images or of frames, or an `.npz`; taken instead of the model where both are given.
+        videos: Folders in a folder are videos and their images the frames, not classes.
+        reference: What distances are to: statistics (`mu`, `sigma`), an `.npz`, a folder, or `fashion-mnist`; that is the default
+            of the Fashion-MNIST network, and nothing of another.
+        extractor: The network: `fashion-mnist`, a local Inception weights' file, or `auto` (the former, where it fits).
+        resize: How Inception's input is resized; `auto` goes by the name of the weights' file, and is TensorFlow's way otherwise.
+        against: A static model (or its images) to pair with, from the same seeds; `static`: the model's own weights, complete.
+        yardstick_images: Pairs of each yardstick, at most; 0 measures none (ours).
+        lpips: A folder with the weights of LPIPS, to measure it on the pairs.
+        clip: A folder with a CLIP model, to measure its score on the pairs.
+        prompts: A file with a line for each class or image, for CLIP.
+        fail_if: Conditions such as `psnr<25` under which the command fails with exit code 1.
+        statistics: Also write `statistics.npz`, the moments of the samples' features.
+        num_images: Images to draw, or to take of a folder; of a folder all if not given, of a model 1,000 (ours).
+        classes: Labels, used in turn; all labels in turn if not given.
+        steps: Steps of the sampler.
+        guidance: Classifier-free guidance scale.
+        guidance_channels: As in `sample`.
+        sampler: As in `sample`.
+        seed: Image i depends on (seed, i) alone.
+        batch_size: Images a forward.
+        execution: As in `sample`.
+        keep_bias: As in `sample`.
+        vae: A local AutoencoderKL folder, for latent models.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        dtype: Type of weights and activations of the model; features are always made in float32 and distances in float64.
+        out: A folder for `evaluation.json` and the sheets of pairs; nothing is written if not given.
+        overwrite: Replace an existing folder.
+    """
+
+    stage: ClassVar[str] = "evaluate"
+    parents: ClassVar[tuple[str, ...]] = ("finetune", "convert")
+
+    model: Location | None = None
+    samples: Location | None = None
+    videos: Flag = False
+    reference: Location | None = None
+    extractor: Location = "auto"
+    resize: Literal["auto", "tensorflow", "pytorch-fid"] = "auto"
+    against: Location | None = None
+    yardstick_images: NonNegative = 256
+    lpips: Location | None = None
+    clip: Location | None = None
+    prompts: Location | None = None
+    fail_if: Conditions | None = None
+    statistics: Flag = False
+    num_images: Count | None = None
+    classes: Labels | None = None
+    steps: Count = 50
+    guidance: NonNegativeReal = 1.5
+    guidance_channels: Literal["original", "first3", "all"] = "original"
+    sampler: Literal["ddpm", "ddim", "dpm++", "euler", "heun", "dopri5", "sde"] | None = None
+    seed: Seed = 0
+    batch_size: Count = 32
+    execution: Literal["compact", "dense", "static"] = "compact"
+    keep_bias: Dial = 0.0
+    vae: Location | None = None
+    device: Text = "auto"
+    dtype: Dtype = "float32"
+    out: OutFolder | None = None
+    overwrite: Flag = False
+
+    @model_validator(mode="after")
+    def _something_to_evaluate(self) -> Self:
+        if self.model is None and self.samples is None:
+            raise ValueError("needs a model folder, or samples")
+        return self
+
+
 class ExportSection(Section):
     """Write a model for use elsewhere.
 
@@ -287,9 +510,12 @@ class ExportSection(Section):
         out: The folder to write.
         format: `diffusers` (a folder that a stock pipeline runs), `original` (the source's layout plus routers) or
             `static` (the complete model in the source's layout).
+        budget: The ratio that the exported model runs at, of a model trained for a range of them.
         max_shard_size: Largest weight file, as diffusers writes it.
         vae: A local AutoencoderKL folder to put into the pipeline.
-        dtype: Type of the written weights; float32 for a pipeline and the source's own otherwise, if not given.
+        pipeline: FLUX: a local pipeline folder, or `builtin:NAME`, whose text encoders, tokenizers, `vae` and schedule are copied
+            into the export.
+        dtype: Type of the written weights; if not given, float32 for a pipeline of DiT, SiT or Latte, and the stored types otherwise.
         overwrite: Replace an existing artifact.
     """
 
@@ -299,14 +525,24 @@ class ExportSection(Section):
     model: Location
     out: OutFolder
     format: Literal["diffusers", "original", "static"] = "diffusers"
+    budget: Share | None = None
     max_shard_size: Text = "5GB"
     vae: Location | None = None
+    pipeline: Location | None = None
     dtype: Dtype | None = None
     overwrite: Flag = False
 
 
 SECTIONS: dict[str, type[Section]] = {
     section.stage: section
-    for section in (ConvertSection, FinetuneSection, ProfileSection, SampleSection, ExportSection)
+    for section in (
+        PrepareSection,
+        ConvertSection,
+        FinetuneSection,
+        ProfileSection,
+        SampleSection,
+        EvaluateSection,
+        ExportSection,
+    )
 }
 """The sections by name, in the order in which the stages follow each other."""

@@ -96,6 +96,17 @@ def location(value: object) -> str:
         raise ValueError(f"names a home folder that does not exist, got {shown(written)}") from None
 
 
+def names(value: object) -> tuple[str, ...]:
+    """Read names: `[mp4, gif]`, `mp4,gif` or a single one; which names there are is the field's own matter."""
+    items = value.strip().strip("[]").split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        raise ValueError(f"must be names like mp4,gif, got {shown(value)}")
+    found = tuple(str(item).strip() for item in items if str(item).strip())
+    if not found:
+        raise ValueError("must name at least one")
+    return found
+
+
 def labels(value: object) -> tuple[int, ...]:
     """Read labels, which are whole numbers from 0: `[0, 1]`, `0,1` or a single one."""
     if isinstance(value, str):
@@ -113,6 +124,17 @@ def labels(value: object) -> tuple[int, ...]:
     if min(numbers) < 0:
         raise ValueError(f"must not be negative, got {shown(value)}")
     return numbers
+
+
+def shares(value: object) -> tuple[float, ...]:
+    """Read shares: `[0.3, 1.0]`, `0.3,1.0` or a single one."""
+    items = value.strip().strip("[]").split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        raise ValueError(f"must be numbers like 0.3,1.0, got {shown(value)}")
+    found = tuple(real(item) for item in items)
+    if not all(0 < number <= 1 for number in found):
+        raise ValueError(f"must be above 0 and at most 1, got {shown(value)}")
+    return found
 
 
 def flag_or_labels(value: object) -> bool | tuple[int, ...]:
@@ -141,5 +163,7 @@ Flag = Annotated[bool, BeforeValidator(flag)]
 Text = Annotated[str, BeforeValidator(text)]
 Location = Annotated[str, BeforeValidator(location)]
 OutFolder = Annotated[Path, BeforeValidator(location)]
+Sides = Annotated[tuple[int, ...], BeforeValidator(labels)]
+Budgets = Annotated[tuple[float, ...], BeforeValidator(shares)]
 Labels = Annotated[tuple[int, ...], BeforeValidator(labels)]
 Mirror = Annotated[bool | tuple[int, ...], BeforeValidator(flag_or_labels)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +26,14 @@ def to_uint8(pixels: Tensor) -> Tensor:
     """(B, C, H, W) in [-1, 1] -> (B, H, W, C) bytes on the CPU; rounded as `ROUNDING` says, on the device that computed them."""
     scaled = ((pixels.float() + 1) * 127.5).round().clamp(0, 255)
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+
+
+class Decoder(Protocol):
+    """What makes pixels of latents."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) latents at the model's scale -> (B, 1 or 3, H, W) pixels in about [-1, 1]."""
+        ...
 
 
 @dataclass(frozen=True)

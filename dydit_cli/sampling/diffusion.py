@@ -1,4 +1,4 @@
-"""Samplers of the diffusion family (DiT): DDPM, DDIM and DPM-Solver++, on diffusers' schedulers.
+"""Samplers of the diffusion families (DiT, Latte): DDPM, DDIM and DPM-Solver++, on diffusers' schedulers.
 
 All use the 1000 linear betas that DiT was trained with, and the evenly spaced timesteps of the original's respacing (both ends
 included). Predictions are epsilon, nothing is clipped.
@@ -55,9 +55,14 @@ def ddpm(field: Field, start: Tensor, steps: int, noise: Noise) -> Iterator[Tens
     scheduler.set_timesteps(timesteps=spaced_timesteps(steps).tolist())
     state = start
     for step, time in enumerate(scheduler.timesteps):
-        moved = scheduler.step(field(state, time), time, state, generator=noise.generators(step))
+        prediction = field(state, time)
+        # The scheduler finds the variance along axis 1, where videos have their frames.
+        moved = scheduler.step(
+            prediction.movedim(-3, 1), time, state.movedim(-3, 1), generator=noise.generators(step)
+        )
         # No noise is added after the last step, where the mean is the predicted image; diffusers omits it at t = 0 only.
-        state = moved.prev_sample if step + 1 < steps else moved.pred_original_sample
+        following = moved.prev_sample if step + 1 < steps else moved.pred_original_sample
+        state = following.movedim(1, -3)
         yield state
 
 
@@ -98,4 +103,4 @@ def dpm_solver(field: Field, start: Tensor, steps: int, noise: Noise) -> Iterato
 
 def _epsilon(field: Field, state: Tensor, time: Tensor) -> Tensor:
     """The predicted noise alone: DDIM and DPM-Solver++ have no use for a variance, and diffusers' mishandle its channels."""
-    return field(state, time)[:, : state.shape[1]]
+    return field(state, time)[..., : state.shape[-3], :, :]

@@ -8,20 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dydit_cli.errors import DyditError
 from dydit_cli.families.dynamic_model import DynamicModel
+from dydit_cli.families.family import require
 from dydit_cli.families.registry import family_of
+from dydit_cli.families.text_condition import TextCondition
 from dydit_cli.sampling.determinism import deterministic_kernels
-from dydit_cli.sampling.guidance import Guidance, GuidedField
+from dydit_cli.sampling.guidance import GUIDED_CHOICES, Guidance, GuidedField
 from dydit_cli.sampling.noise import ImageNoise
+from dydit_cli.sampling.rectified import Schedule
 from dydit_cli.sampling.samplers import Sampler, check_steps, sampler_for
 
 Progress = Callable[[float], None]
+
+CLASS_GUIDANCE = 1.5
+"""Of models with classes, where nothing else is asked for: the papers' scale for their distances."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,8 @@ def check_settings(
     classes: Sequence[int] | None = None,
     num_images: int = 8,
     steps: int = 50,
-    guidance: float = 1.5,
-    guidance_channels: str = "first3",
+    guidance: float | None = None,
+    guidance_channels: str = "original",
     sampler: str | None = None,
     seed: int = 0,
     batch_size: int = 32,
@@ -99,14 +105,19 @@ def check_settings(
     """Check what a user asks for against what the model can do, before any work. The arguments are those of `generate`.
 
     Args:
-        objective: ``diffusion`` or ``flow``.
-        num_classes: Classes of the model without the null class.
+        objective: ``diffusion``, ``flow`` or ``rectified-flow``.
+        num_classes: Classes of the model without the null class; of a model of texts 0.
 
     Raises:
         DyditError: For what cannot be.
     """
     chosen = sampler_for(objective, sampler)
     check_steps(chosen, steps)
+    guidance = CLASS_GUIDANCE if guidance is None else guidance
+    if not num_classes:
+        # No class is left out in an unconditional model, so that there is nothing to guide away from.
+        _refuse_classes(classes)
+        classes, num_classes, guidance = (0,), 1, 1.0
     labels = tuple(range(num_classes)) if classes is None else tuple(int(label) for label in classes)
     wrong = [label for label in labels if not 0 <= label < num_classes]
     if wrong or not labels:
@@ -128,11 +139,12 @@ def check_settings(
             why="It is a finite number: 0 ignores the class, 1 is the plain model, more exaggerates the class.",
             fix="Pass --guidance 1.5 (best FID in the papers) or 4 (pictures).",
         )
-    if guidance_channels not in ("first3", "all"):
+    if guidance_channels not in GUIDED_CHOICES:
         raise DyditError(
             f"'{guidance_channels}' is not a choice of guided channels.",
-            why="Guidance acts on the first three noise channels ('first3', as the originals) or on all of them ('all').",
-            fix="Pass guidance_channels=first3 or guidance_channels=all.",
+            why="Guidance acts on the noise channels that the family's original guides ('original'), on the first three ('first3') "
+            "or on all of them ('all').",
+            fix="Pass guidance_channels=original, first3 or all.",
         )
     return GenerationSettings(
         chosen,
@@ -146,18 +158,30 @@ def check_settings(
     )
 
 
+def _refuse_classes(classes: Sequence[int] | None) -> None:
+    if set(classes or (0,)) != {0}:
+        raise DyditError(
+            "The model has no classes.",
+            why="It was trained without labels.",
+            fix="Leave out --classes.",
+        )
+
+
 def generate(
     model: DynamicModel,
     *,
     classes: Sequence[int] | None = None,
     num_images: int = 8,
     steps: int = 50,
-    guidance: float = 1.5,
-    guidance_channels: str = "first3",
+    guidance: float | None = None,
+    guidance_channels: str = "original",
     sampler: str | None = None,
     seed: int = 0,
     batch_size: int = 32,
     deterministic: bool = False,
+    conditions: TextCondition | None = None,
+    size: tuple[int, int] | None = None,
+    schedule: Schedule | None = None,
     on_progress: Progress | None = None,
 ) -> Iterator[Batch]:
     """Generate images in the model's own execution, dtype and device. Arguments are checked at once, work is done on iteration.
@@ -167,13 +191,16 @@ def generate(
         classes: Labels, used in turn; None is all of them in turn.
         num_images: Images.
         steps: Steps of the sampler (intervals, for an ODE).
-        guidance: Classifier-free guidance; 1 runs one branch.
-        guidance_channels: ``first3`` or ``all``.
+        guidance: Classifier-free guidance; 1 runs one branch, 1.5 is the default. That of FLUX is part of its conditions.
+        guidance_channels: ``original``, ``first3`` or ``all``.
         sampler: A name in `dydit_cli.sampling.samplers.SAMPLERS`; None is the family's default.
         seed: Image i depends on (seed, i) alone.
         batch_size: Images in one forward (twice as many rows under guidance).
         deterministic: Make each image alone and with deterministic kernels: the same picture bit for bit, whatever the batch
             size and the other images, on one device with one number of threads.
+        conditions: Of a model of texts: prompts, used in turn, with their guidance.
+        size: Height and width of its latents; those of the model's reference resolution by default.
+        schedule: Configuration of its scheduler; FLUX.1-dev's by default.
         on_progress: Told after each step how many images are done, a step counting as its share of its batch.
 
     Returns:
@@ -182,6 +209,7 @@ def generate(
     Raises:
         DyditError: For settings that do not fit the model, for samples that are not finite, or if dopri5 gives up.
     """
+    require(family_of(model), "dydit sample")
     settings = check_settings(
         family_of(model).objective,
         model.geometry.num_classes,
@@ -195,19 +223,40 @@ def generate(
         batch_size=batch_size,
         deterministic=deterministic,
     )
-    return _generated(model, settings, on_progress or (lambda done: None))
+    if conditions is not None:
+        settings = replace(settings, classes=tuple(range(len(conditions))), guidance=Guidance(1.0))
+    elif family_of(model).objective == "rectified-flow":
+        raise DyditError(
+            "There is nothing to draw.",
+            why=f"A {family_of(model).title} model draws prompts.",
+            fix="Pass conditions: the embeddings of prompts.",
+        )
+    if schedule is not None:
+        settings = replace(settings, sampler=settings.sampler.on(schedule))
+    shape = model.geometry.sample_shape
+    if size is not None:
+        shape = (*shape[:-2], *size)
+    return _generated(model, settings, shape, conditions, on_progress or (lambda done: None))
 
 
-def _generated(model: DynamicModel, settings: GenerationSettings, on_progress: Progress) -> Iterator[Batch]:
+def _generated(
+    model: DynamicModel,
+    settings: GenerationSettings,
+    shape: tuple[int, ...],
+    conditions: TextCondition | None,
+    on_progress: Progress,
+) -> Iterator[Batch]:
     sampler = settings.sampler
-    if model.execution == "compact" and sampler.times is not None:
+    times = sampler.times_at(settings.steps, shape)
+    if model.execution == "compact" and times is not None:
         # The width routers read t alone: the whole schedule is decided in one call, and no step asks them again.
-        model.plan(sampler.times(settings.steps), settings.labels_of_run(model.geometry.num_classes))
-    geometry = model.geometry
-    shape = geometry.sample_shape
+        known = None if conditions is not None else settings.labels_of_run(model.geometry.num_classes)
+        model.plan(times, known)
+    on_device = conditions.to(model.device) if conditions is not None else None
     for indices in settings.batches():
         labels = tuple(settings.label(index) for index in indices)
-        field = GuidedField(model, torch.tensor(labels, device=model.device), settings.guidance)
+        numbers = torch.tensor(labels, device=model.device)
+        field = GuidedField(model, numbers if on_device is None else on_device[numbers], settings.guidance)
         noise = ImageNoise(settings.seed, indices, shape, model.device)
         # Left before a batch is handed out: the setting is the process's, and what the caller does with a batch is not ours.
         with deterministic_kernels() if settings.deterministic else nullcontext():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,14 @@ from dydit_cli.artifacts.manifest import device_description
 from dydit_cli.artifacts.writing import refuse_existing
 from dydit_cli.devices import find_device
 from dydit_cli.errors import DyditError
+from dydit_cli.families.family import require
 from dydit_cli.families.registry import class_named, family_named
-from dydit_cli.sampling.decoding import ROUNDING, makes_pixels, open_vae, vae_config
+from dydit_cli.pipelines.autoencoder import Autoencoder
+from dydit_cli.sampling.decoding import ROUNDING, VaeDecoder, makes_pixels, open_vae, vae_config
 from dydit_cli.sampling.generate import Batch, Progress, check_settings, generate
+from dydit_cli.sampling.prompts import TextRequest
+from dydit_cli.sampling.text_run import refuse_texts, strength_of, text_arguments
+from dydit_cli.sampling.video_writing import DEFAULT_FORMATS, DEFAULT_FPS, VideoWriter, check_video_formats
 from dydit_cli.sampling.writing import SampleWriter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,13 +36,14 @@ class SampleReport:
     Attributes:
         out: The folder.
         files: What is in it, beside the manifest.
-        kind: ``images`` or ``latents``.
-        images: How many.
+        kind: ``images``, ``videos`` or ``latents``.
+        images: How many; of a video model, videos, here and below.
         seconds: Wall time of sampling, decoding and writing; loading is left out.
         images_per_second: Their quotient.
         trajectory_ratio: Executed share of attention and MLP MACs along the sampler's own trajectories, mean over the images.
         evaluations: Calls of the model an image, mean over the images; two branches of guidance are one call.
-        sampler: Its name. steps: As asked; None for one that chooses its own. guidance: Scale. execution: dense, compact or static.
+        sampler: Its name. steps: As asked; None for one that chooses its own. guidance: Scale; None where the model takes none.
+        execution: dense, compact or static.
         device: In words. dtype: Of weights and activations. torch: Version.
         rounding: How values became bytes; None for latents.
     """
@@ -52,7 +58,7 @@ class SampleReport:
     evaluations: float
     sampler: str
     steps: int | None
-    guidance: float
+    guidance: float | None
     execution: str
     device: str
     dtype: str
@@ -67,18 +73,29 @@ def sample(
     classes: Sequence[int] | None = None,
     num_images: int = 8,
     steps: int = 50,
-    guidance: float = 1.5,
-    guidance_channels: str = "first3",
+    guidance: float | None = None,
+    guidance_channels: str = "original",
     sampler: str | None = None,
     seed: int = 0,
     batch_size: int = 32,
     execution: str = "compact",
     compile: bool = False,  # noqa: A002
+    graphs: bool = False,
+    token_capacity: float | None = None,
     keep_bias: float = 0.0,
+    budget: float | None = None,
     vae: str | Path | None = None,
+    prompt: str | None = None,
+    prompts: str | Path | None = None,
+    cache: str | Path | None = None,
+    pipeline: str | Path | None = None,
+    height: int | None = None,
+    width: int | None = None,
     device: str = "auto",
     dtype: str = "float32",
     deterministic: bool = False,
+    video_formats: Sequence[str] = DEFAULT_FORMATS,
+    fps: float = DEFAULT_FPS,
     overwrite: bool = False,
     recipe_yaml: str | None = None,
     on_progress: Progress | None = None,
@@ -87,22 +104,29 @@ def sample(
 
     Args:
         model: Folder of a model; see `dydit_cli.load_model`.
-        out: Folder to write: images or latents, and ``manifest.json``.
+        out: Folder to write: images, videos or latents, and ``manifest.json``.
         classes: Labels, used in turn; None is all of them in turn.
         num_images: Images.
         steps: Steps of the sampler.
-        guidance: Classifier-free guidance; 1 runs one branch.
-        guidance_channels: ``first3`` or ``all``.
+        guidance: Classifier-free guidance, 1.5 by default; 1 runs one branch. Of FLUX, its input, 3.5 by default.
+        guidance_channels: ``original``, ``first3`` or ``all``.
         sampler: None is the family's default.
         seed: Image i depends on (seed, i) alone.
         batch_size: Images in one forward.
         execution: ``compact``, ``dense`` or ``static``.
         compile: Whether blocks are compiled; for compact and static execution.
+        graphs: Whether steps are recorded as CUDA graphs; for compact and static execution.
+        token_capacity: Room for this share of the tokens in MLPs; for compact execution.
         keep_bias: Added to all router logits.
+        budget: The ratio to run at, of a model trained for a range of them.
         vae: Local AutoencoderKL folder; without it a latent model's latents are saved.
+        prompt, prompts, cache, pipeline: Of a model of texts; see `TextRequest`. The pipeline's autoencoder decodes.
+        height, width: Of its images, in pixels; the reference resolution by default.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         deterministic: Each image alone, the same bit for bit whatever the batch size; see `generate`.
+        video_formats: What a video model's samples become: some of ``mp4``, ``gif``, ``frames`` and ``grid``.
+        fps: Frames a second of these files.
         overwrite: Replace ``out``.
         recipe_yaml: The resolved recipe, kept beside the images.
         on_progress: See `generate`.
@@ -125,34 +149,60 @@ def sample(
     model_class = class_named(config["_class_name"])
     if model_class is None:
         raise TypeError(config["_class_name"])
+    family = family_named(model_class.family)
+    require(family, "dydit sample")
+    request_of_text = TextRequest(prompt, prompts, pipeline, cache)
+    texts = family.objective == "rectified-flow"
     channels = int(config["in_channels"])
-    settings = check_settings(
-        family_named(model_class.family).objective, int(config["num_classes"]), **request
-    )
+    settings = check_settings(family.objective, 0 if texts else int(config["num_classes"]), **request)
+    if texts:
+        folder_of_parts = request_of_text.check()
+    else:
+        refuse_texts(request_of_text, height, width)
+    check_video_formats(video_formats, fps)
     place, number_type = find_device(device), _dtype_named(dtype)
     refuse_existing(Path(out), overwrite)
-    if vae is not None:
+    if vae is not None and not texts:
         vae_config(Path(vae).expanduser(), channels)
 
     loaded = load_model(
         model,
         execution=execution,
         compile=compile,
+        graphs=graphs,
+        token_capacity=token_capacity,
         torch_dtype=number_type,
         device=place,
         keep_bias=keep_bias,
+        budget=budget,
         convention="native",
     )
-    decoder = open_vae(vae, channels, place) if vae is not None else None
+    decoder: VaeDecoder | Autoencoder | None
+    asked: dict[str, Any] = {}
+    said: tuple[str, ...] = ()
+    if texts:
+        asked, decoder, said = text_arguments(
+            loaded, request_of_text, folder_of_parts, vae, guidance, height, width, place, number_type
+        )
+        settings = replace(settings, classes=tuple(range(len(said))))
+    else:
+        decoder = open_vae(vae, channels, place) if vae is not None else None
     labels = [settings.label(index) for index in range(num_images)]
+    pixels = (makes_pixels(channels) and not texts) or decoder is not None
+    # Latents are written as they are, whatever they are latents of.
+    videos = pixels and len(loaded.geometry.sample_shape) == 4
     with artifact_folder(out, overwrite=overwrite) as folder:
-        with SampleWriter(folder, num_images, labels, decoder) as writer:
-            totals = _write_all(generate(loaded, **request, on_progress=on_progress), writer)
-        images = makes_pixels(channels) or decoder is not None
+        writer: SampleWriter | VideoWriter
+        if videos:
+            writer = VideoWriter(folder, num_images, decoder, formats=video_formats, fps=fps)
+        else:
+            writer = SampleWriter(folder, num_images, labels, decoder)
+        with writer:
+            totals = _write_all(generate(loaded, **request, **asked, on_progress=on_progress), writer)
         report = SampleReport(
             out=str(out),
             files=writer.files,
-            kind="images" if images else "latents",
+            kind="videos" if videos else "images" if pixels else "latents",
             images=num_images,
             seconds=totals.seconds,
             images_per_second=num_images / totals.seconds,
@@ -160,26 +210,42 @@ def sample(
             evaluations=totals.evaluations / num_images,
             sampler=settings.sampler.name,
             steps=None if settings.sampler.adaptive else steps,
-            guidance=guidance,
+            guidance=strength_of(asked) if texts else settings.guidance.scale,
             execution=loaded.execution,
             device=device_description(place),
             dtype=dtype,
             torch=torch.__version__,
-            rounding=ROUNDING if images else None,
+            rounding=ROUNDING if pixels else None,
         )
         if recipe_yaml is not None:
             (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
         used = request | {
             "classes": None if classes is None else list(classes),
             "sampler": settings.sampler.name,
+            "guidance": report.guidance,
             "execution": execution,
             "compile": compile,
+            "graphs": graphs,
+            "token_capacity": token_capacity,
             # JSON has no word for infinity.
             "keep_bias": keep_bias if math.isfinite(keep_bias) else str(keep_bias),
+            "budget": budget,
             "dtype": dtype,
             "vae": None if vae is None else str(vae),
             "scaling_factor": decoder.scaling_factor if decoder is not None else None,
         }
+        if texts:
+            used |= {
+                "prompt": prompt,
+                "prompts": None if prompts is None else str(prompts),
+                "cache": None if cache is None else str(cache),
+                "pipeline": None if pipeline is None else str(pipeline),
+                "height": height,
+                "width": width,
+                "texts": list(said),
+            }
+        if videos:
+            used |= {"video_formats": list(video_formats), "fps": fps}
         write_manifest(
             folder, stage="sample", settings=used, parent=model, results=asdict(report), device=place
         )
@@ -195,7 +261,7 @@ class _Totals:
     seconds: float = 0.0
 
 
-def _write_all(batches: Iterable[Batch], writer: SampleWriter) -> _Totals:
+def _write_all(batches: Iterable[Batch], writer: SampleWriter | VideoWriter) -> _Totals:
     totals, started = _Totals(), time.perf_counter()
     for batch in batches:
         writer.write(batch.samples)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
 from dydit_cli.errors import DyditError, did_you_mean
-from dydit_cli.sampling import diffusion, flow
+from dydit_cli.sampling import diffusion, flow, rectified
 from dydit_cli.sampling.field import Integrator
 
 
@@ -19,9 +20,10 @@ class Sampler:
     Attributes:
         name: As given to ``--sampler``.
         title: For people.
-        objective: ``diffusion`` or ``flow``, as `dydit_cli.families.family.Family` has it.
+        objective: ``diffusion``, ``flow`` or ``rectified-flow``, as `dydit_cli.families.family.Family` has it.
         integrate: The sampler itself.
         times: The (S,) values of t at which ``steps`` steps evaluate the model, on the CPU; None if nobody can know them before.
+        shaped_times: The same for samplers whose times depend on the (..., h, w) shape of a sample.
         min_steps: Fewest steps.
         max_steps: Most steps, or None.
         adaptive: Whether it chooses its own steps from the state of the whole batch, so that images must be made one at a time.
@@ -32,9 +34,24 @@ class Sampler:
     objective: str
     integrate: Integrator
     times: Callable[[int], Tensor] | None
+    shaped_times: Callable[[int, Sequence[int]], Tensor] | None = None
     min_steps: int = 1
     max_steps: int | None = None
     adaptive: bool = False
+
+    def times_at(self, steps: int, shape: Sequence[int]) -> Tensor | None:
+        """The times of a run on samples of a shape, if anybody can know them before."""
+        if self.shaped_times is not None:
+            return self.shaped_times(steps, shape)
+        return self.times(steps) if self.times is not None else None
+
+    def on(self, schedule: rectified.Schedule) -> Sampler:
+        """The same sampler on another schedule of noise levels; only FLUX's has one."""
+        return replace(
+            self,
+            integrate=partial(rectified.euler, schedule=schedule),
+            shaped_times=partial(rectified.times, schedule=schedule),
+        )
 
 
 # The first of a kind is its default.
@@ -54,6 +71,15 @@ SAMPLERS: tuple[Sampler, ...] = (
     Sampler("heun", "Heun ODE", "flow", flow.heun, flow.grid),
     Sampler("dopri5", "dopri5 ODE, adaptive", "flow", flow.dopri5, None, adaptive=True),
     Sampler("sde", "Euler-Maruyama SDE", "flow", flow.sde, flow.sde_times, min_steps=2),
+    Sampler(
+        "euler",
+        "Euler ODE on FLUX's levels",
+        "rectified-flow",
+        rectified.euler,
+        None,
+        shaped_times=rectified.times,
+        max_steps=1000,
+    ),
 )
 
 
@@ -67,7 +93,7 @@ def sampler_for(objective: str, name: str | None = None) -> Sampler:
     if name is None:
         return fitting[0]
     names = ", ".join(sampler.name for sampler in fitting)
-    found = next((sampler for sampler in SAMPLERS if sampler.name == name), None)
+    found = next((sampler for sampler in (*fitting, *SAMPLERS) if sampler.name == name), None)
     if found is None:
         raise DyditError(
             f"There is no sampler called '{name}'.",
@@ -102,4 +128,8 @@ def check_steps(sampler: Sampler, steps: int) -> None:
 
 
 def _kind(objective: str) -> str:
-    return {"diffusion": "diffusion (DiT)", "flow": "flow-matching (SiT)"}[objective]
+    return {
+        "diffusion": "diffusion (DiT)",
+        "flow": "flow-matching (SiT)",
+        "rectified-flow": "rectified-flow (FLUX)",
+    }[objective]

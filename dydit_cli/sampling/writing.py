@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dydit_cli.sampling.decoding import VaeDecoder, makes_pixels, to_uint8
+from dydit_cli.sampling.decoding import Decoder, makes_pixels, to_uint8
 from dydit_cli.sampling.streaming import ArrayStream, npz_stream, safetensors_stream
 
 GRID_IMAGES = 64
@@ -36,7 +36,7 @@ class SampleWriter:
     """
 
     def __init__(
-        self, folder: Path, num_images: int, labels: Sequence[int], decoder: VaeDecoder | None = None
+        self, folder: Path, num_images: int, labels: Sequence[int], decoder: Decoder | None = None
     ) -> None:
         self._folder = folder
         self._num_images = num_images
@@ -65,10 +65,10 @@ class SampleWriter:
         return ["images/", "grid.png", "samples.npz"] if self._first else ["latents.safetensors"]
 
     def write(self, samples: Tensor) -> None:
-        """Append a batch (B, C, h, w), pixels or latents."""
+        """Append a batch (B, C, h, w), pixels or latents; latents of videos, (B, F, C, h, w), too."""
         if self._decoder is not None:
             self._write_images(self._decoder.decode(samples))
-        elif makes_pixels(samples.shape[1]):
+        elif makes_pixels(samples.shape[-3]):
             self._write_images(samples)
         else:
             self._write_latents(samples)

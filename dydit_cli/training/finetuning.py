@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -21,20 +23,36 @@ from dydit_cli.artifacts.manifest import device_description, versions
 from dydit_cli.data import Batch, DataSplit, TrainingBatches, open_data
 from dydit_cli.devices import find_device
 from dydit_cli.errors import DyditError
+from dydit_cli.families.backbone import DynamicTransformer
 from dydit_cli.families.dynamic_model import DynamicModel
-from dydit_cli.flops import ratio_floor
-from dydit_cli.objectives import HeldOutDraws, RatioReport, measure, objective_for
+from dydit_cli.families.registry import family_of
+from dydit_cli.flops import executed_ratio, ratio_floor
+from dydit_cli.objectives import HeldOutDraws, Objective, RatioReport, measure, objective_of
 from dydit_cli.objectives.draws import IMAGES
+from dydit_cli.objectives.rectified import RectifiedFlowObjective
 from dydit_cli.recipe.loading import Recipe
 from dydit_cli.recipe.schema import FinetuneSection
+from dydit_cli.training import feedback
 from dydit_cli.training.accelerator import make_accelerator
 from dydit_cli.training.average import MovingAverage
+from dydit_cli.training.budgets import budget_at, calibrate_budgets, with_budgets
+from dydit_cli.training.calibration import Calibration, calibrate
 from dydit_cli.training.checkpoint import Checkpoint, Training, checkpoints, read_checkpoint, write_checkpoint
 from dydit_cli.training.optimiser import make_optimiser
 from dydit_cli.training.reports import FinetuneResult, StepReport
 from dydit_cli.training.run_folder import RunFolder, check_free, recipe_text, saved_run
-from dydit_cli.training.schedule import target_at
-from dydit_cli.training.step import Denoiser, StepLoss, draw, step_loss
+from dydit_cli.training.schedule import noise_scale_at, target_at
+from dydit_cli.training.step import Denoiser, NoisyBatch, StepLoss, batch_ratio, draw, step_loss
+from dydit_cli.training.teacher import FrozenTeacher
+
+TIMESTEP_KEYS = ("timestep_location", "timestep_scale", "timestep_shift")
+DAMAGES_GUIDANCE = (
+    "The model's guidance was distilled from another model, and loss 'denoising' trains it on data alone, which damages it: "
+    "leave loss at distillation, unless the data are all that it should know."
+)
+
+RECENT_STEPS = 50
+"""Over which the ratio of training is averaged in the result."""
 
 Sampler = Callable[[DynamicModel, int, Path], None]
 """Draws a sample grid with the moving average: (model, step, file to write)."""
@@ -56,6 +74,8 @@ def prepare(settings: FinetuneSection, *, recipe: Recipe | None = None) -> FineT
         check_free(settings)
     checkpoint = _newest(settings) if manifest is not None else None
     model = load_for_training(settings.model, device)
+    if settings.budgets is not None:
+        model = with_budgets(model, settings.budgets, settings.target_ratio)
     _check_target(settings, model)
     data = open_data(settings.data, geometry=model.geometry)
     run = FineTuning(settings, model, data, device, recipe_text(settings, recipe))
@@ -103,11 +123,16 @@ class FineTuning:
         self.warnings = list(data.warnings)
         self._device = device
         self._mirror = data.mirror_rule(settings.mirror)
-        self._objective = objective_for(model.family)
+        self._objective = _objective(settings, model)
+        loss = _loss_of(settings, model)
+        if loss == "denoising" and _is_distilled(model):
+            self.warnings.append(DAMAGES_GUIDANCE)
         # A target of 1 is the static control: everything on, routers frozen, all else equal.
-        self._dynamic = settings.target_ratio < 1
+        self._dynamic = settings.target_ratio < 1 or settings.budgets is not None
         for parameter in model.router_parameters():
             parameter.requires_grad_(self._dynamic)
+        # Before anything is loaded from a checkpoint: a resumed run has the teacher that it was started with.
+        self._teacher = FrozenTeacher(model) if loss == "distillation" else None
         if settings.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self.average = MovingAverage(model, settings.ema_decay)
@@ -126,6 +151,10 @@ class FineTuning:
         self._last_measured: tuple[tuple[int, int], RatioReport] | None = None
         self._seconds = 0.0
         self._trained_here = 0
+        # Budgets have no single target that could be moved; what each realises is measured at the end.
+        self._controls = self._dynamic and settings.feedback and settings.budgets is None
+        self._feedback = feedback.RatioFeedback(settings.ema_decay)
+        self._recent_ratios: deque[float] = deque(maxlen=RECENT_STEPS)
 
     @property
     def complete(self) -> bool:
@@ -145,6 +174,7 @@ class FineTuning:
                 fix="Restore the data, or start a new run in another --out.",
             )
         read_checkpoint(checkpoint, self._training)
+        self._feedback.offset = float(checkpoint.facts.get("ratio_offset", 0.0))
         self.done = self._folder.resumed_from = checkpoint.step
         self.warnings += _differences(manifest, self._device)
         results = manifest.get("results", {})
@@ -185,9 +215,9 @@ class FineTuning:
         """
         if self._saved_results is not None:
             names = [field.name for field in fields(FinetuneResult) if field.name != "out"]
-            return FinetuneResult(
-                out=Path(self.settings.out), **{name: self._saved_results[name] for name in names}
-            )
+            known = {name: self._saved_results[name] for name in names if name in self._saved_results}
+            return FinetuneResult(out=Path(self.settings.out), **known)
+        calibration = self._calibrated()
         reached = self._measured(IMAGES)
         result = FinetuneResult(
             out=Path(self.settings.out),
@@ -204,6 +234,9 @@ class FineTuning:
             images_per_second=self._trained_here * self.settings.batch_size / self._seconds
             if self._seconds
             else None,
+            trained_ratio=fmean(self._recent_ratios) if self._recent_ratios else None,
+            uncalibrated_ratio=calibration.before if calibration is not None else None,
+            router_shift=calibration.shift if calibration is not None else 0.0,
         )
         self._folder.finish(self.average.model, {**result.as_dict(), "data": self.data.describe()})
         return result
@@ -212,7 +245,8 @@ class FineTuning:
         """One optimiser step and the update of the moving average."""
         started = time.perf_counter()
         settings, step = self.settings, self.done
-        loss = self._loss(batch, step)
+        noisy = self._noised(batch, step)
+        loss = self._loss(noisy, step)
         self._check_finite(float(loss.total.detach()), "loss", step)
         self._optimiser.zero_grad(set_to_none=True)
         self._accelerator.backward(loss.total)
@@ -227,6 +261,8 @@ class FineTuning:
         seconds = time.perf_counter() - started
         self._seconds += seconds
         self._trained_here += 1
+        self._recent_ratios.append(ratio)
+        realised = self._followed(noisy, step)
         return StepReport(
             step=step + 1,
             loss=total,
@@ -236,35 +272,74 @@ class FineTuning:
             learning_rate=settings.learning_rate,
             grad_norm=norm,
             images_per_second=settings.batch_size / seconds,
+            realised_ratio=realised,
         )
 
-    def _loss(self, batch: Batch, step: int) -> StepLoss:
-        settings, geometry = self.settings, self.model.geometry
-        noisy = draw(
+    def _noised(self, batch: Batch, step: int) -> NoisyBatch:
+        settings = self.settings
+        return draw(
             batch,
             self._objective,
-            geometry,
+            self.model.geometry,
             seed=settings.seed,
             step=step,
             label_dropout=settings.label_dropout,
             device=self._device,
         )
+
+    def _followed(self, noisy: NoisyBatch, step: int) -> float | None:
+        """Look at the realised ratio where it is due, and let the control see it once the target has come down."""
+        target = self._target(step)
+        controls = self._controls and _due(step + 1, feedback.EVERY) and target == self.settings.target_ratio
+        if not (controls or _due(step + 1, self.settings.log_every)):
+            return None
+        realised = self._realised(noisy)
+        if controls:
+            self._feedback.see(realised, target)
+        return realised
+
+    @torch.no_grad()
+    def _realised(self, noisy: NoisyBatch) -> float:
+        """The moving average's ratio on a batch, with thresholds: what training's own masks are to become."""
+        model = self.average.model
+        _, routing = model.denoise(noisy.noisy, noisy.t, noisy.condition)
+        weights = self._objective.for_shape(noisy.clean.shape[1:]).ratio_weights(noisy.t)
+        return float(batch_ratio(executed_ratio(routing, model.geometry), weights, self._reduce_mean))
+
+    def _reduce_mean(self, value: torch.Tensor) -> torch.Tensor:
+        mean: torch.Tensor = self._accelerator.reduce(value, "mean")
+        return mean
+
+    def _loss(self, noisy: NoisyBatch, step: int) -> StepLoss:
+        settings = self.settings
         return step_loss(
             self._denoiser,
             self._objective,
-            geometry,
+            self.model.geometry,
             noisy,
             dynamic=self._dynamic,
-            complete_branch=self._dynamic and step < settings.complete_branch_steps,
+            complete_branch=self._dynamic
+            and step < settings.complete_branch_steps
+            and step % settings.complete_branch_every == 0,
             temperature=settings.temperature,
-            target=self._target(step),
+            target=self._target(step) - self._feedback.offset,
             ratio_weight=settings.ratio_weight,
-            reduce_mean=lambda value: self._accelerator.reduce(value, "mean"),
+            reduce_mean=self._reduce_mean,
+            teacher=self._teacher,
+            budget=self._budget(step),
+            noise_scale=noise_scale_at(
+                settings.gating, step, settings.full_width_steps, settings.ramp_steps, settings.anneal_steps
+            ),
         )
 
     def _target(self, step: int) -> float:
+        settings, budget = self.settings, self._budget(step)
+        final = settings.target_ratio if budget is None else budget
+        return target_at(step, final, settings.full_width_steps, settings.ramp_steps)
+
+    def _budget(self, step: int) -> float | None:
         settings = self.settings
-        return target_at(step, settings.target_ratio, settings.full_width_steps, settings.ramp_steps)
+        return None if settings.budgets is None else budget_at(settings.budgets, settings.seed, step)
 
     def _clip(self) -> float:
         """Clip the gradients if the recipe says so; return their norm before that."""
@@ -297,8 +372,9 @@ class FineTuning:
         if _due(step, settings.log_every):
             self._folder.log(report)
         if _due(step, settings.checkpoint_every) or step == settings.steps or self.interrupted:
+            facts = {**self._facts, "ratio_offset": self._feedback.offset}
             path = write_checkpoint(
-                self._folder.path, step, self._training, keep=settings.keep_checkpoints, facts=self._facts
+                self._folder.path, step, self._training, keep=settings.keep_checkpoints, facts=facts
             )
             report = replace(report, checkpoint=path)
         if on_sample is not None and _due(step, settings.sample_every):
@@ -307,6 +383,20 @@ class FineTuning:
             on_sample(self.average.model, step, grid)
             report = replace(report, sample=grid)
         return report
+
+    def _calibrated(self) -> Calibration | None:
+        """Correct the moving average's routers, once the target has come down; checkpoints stay as they are, so that a run which
+        goes on later does so from what it has learned.
+        """
+        settings, model = self.settings, self.average.model
+        ramped = self.done >= settings.full_width_steps + settings.ramp_steps
+        if not (self._dynamic and settings.calibrate and ramped):
+            return None
+        self._last_measured = None
+        if settings.budgets is not None and isinstance(model, DynamicTransformer):
+            calibrate_budgets(model, self.data.train, self._objective)
+            return None
+        return calibrate(model, self.data.train, self._objective, settings.target_ratio)
 
     def _measured(self, images: int) -> RatioReport:
         """The moving average's ratio and loss now; measured once a step, as the last step's may be asked
@@ -321,6 +411,42 @@ class FineTuning:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _objective(settings: FinetuneSection, model: DynamicModel) -> Objective:
+    """The objective of the model's family with the recipe's distribution of timesteps.
+
+    Raises:
+        DyditError: if such a distribution is given for a family that has none.
+    """
+    objective = objective_of(model)
+    if isinstance(objective, RectifiedFlowObjective):
+        return replace(
+            objective,
+            location=settings.timestep_location,
+            scale=settings.timestep_scale,
+            shift_draws=settings.timestep_shift,
+        )
+    given = [
+        key for key in TIMESTEP_KEYS if getattr(settings, key) != FinetuneSection.model_fields[key].default
+    ]
+    if given:
+        raise DyditError(
+            f"{', '.join(given)} cannot be set for a {family_of(model).title}.",
+            why="Its timesteps are drawn evenly; only rectified flow (FLUX) prefers some of them.",
+            fix="Leave it out.",
+        )
+    return objective
+
+
+def _is_distilled(model: DynamicModel) -> bool:
+    return bool(model.config.get("guidance_embeds", False))
+
+
+def _loss_of(settings: FinetuneSection, model: DynamicModel) -> str:
+    if settings.loss != "auto":
+        return settings.loss
+    return "distillation" if family_of(model).objective == "rectified-flow" else "denoising"
 
 
 def _newest(settings: FinetuneSection) -> Checkpoint:
@@ -343,10 +469,10 @@ def _newest(settings: FinetuneSection) -> Checkpoint:
 
 def _check_target(settings: FinetuneSection, model: DynamicModel) -> None:
     floor = ratio_floor(model.geometry)
-    if settings.target_ratio < floor:
+    least = min((settings.target_ratio, *(settings.budgets or ())))
+    if least < floor:
         raise DyditError(
-            f"A target ratio of {settings.target_ratio:g} cannot be reached; the floor of this model is "
-            f"{floor:.4f}.",
+            f"A target ratio of {least:g} cannot be reached; the floor of this model is {floor:.4f}.",
             why="One head and one channel group of every block are always on, whatever the routers decide.",
             fix=f"Set target_ratio to {math.ceil(floor * 100) / 100:.2f} or more.",
         )

@@ -16,7 +16,8 @@ class StepReport:
         loss: What was minimised.
         terms: Its parts: the denoising loss and its own parts, ``ratio_loss`` (unweighted), and ``complete``
             where the complete model trained as well.
-        trained_ratio: Mean MACs ratio of the masks that training sampled.
+        trained_ratio: Mean MACs ratio of the masks that training used, noise included.
+        realised_ratio: That of the averaged weights with thresholds, on the same batch, on steps that are logged.
         target: The schedule's target for that ratio.
         learning_rate: The backbone's.
         grad_norm: Norm of all gradients before clipping.
@@ -35,6 +36,7 @@ class StepReport:
     learning_rate: float
     grad_norm: float
     images_per_second: float
+    realised_ratio: float | None = None
     ema_ratio: float | None = None
     ema_loss: float | None = None
     checkpoint: Path | None = None
@@ -47,6 +49,7 @@ class StepReport:
             "loss": self.loss,
             **self.terms,
             "trained_ratio": self.trained_ratio,
+            "realised_ratio": self.realised_ratio,
             "target": self.target,
             "ema_ratio": self.ema_ratio,
             "ema_loss": self.ema_loss,
@@ -69,6 +72,9 @@ class FinetuneResult:
         heads, groups, tokens: Shares of active units.
         held_out_loss: The moving average's denoising loss at evaluation.
         held_out_images: Images of both measurements.
+        trained_ratio: Mean ratio of the masks that the last steps of this process trained with; None if it trained none.
+        uncalibrated_ratio: The realised ratio before the last correction; None where there was none.
+        router_shift: What that correction added to all router logits.
         seconds: Time of the training steps of this process.
         images_per_second: Over them; None if this process trained no step.
     """
@@ -85,6 +91,9 @@ class FinetuneResult:
     held_out_images: int
     seconds: float
     images_per_second: float | None
+    trained_ratio: float | None = None
+    uncalibrated_ratio: float | None = None
+    router_shift: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest and ``--json``."""

@@ -196,6 +196,8 @@ def saved_run(settings: FinetuneSection) -> dict[str, Any]:
             fix="Pass the --out of a fine-tuning run.",
         )
     before, now = manifest.get("settings", {}), settings.model_dump(mode="json")
+    # A run of an earlier version did not know every key; it did what is the default now.
+    before = FinetuneSection.model_construct(**before).model_dump(mode="json", warnings=False)
     changed = {key for key in now if key not in MAY_CHANGE and before.get(key) != now[key]}
     if changed:
         listed = ", ".join(f"{key} {before.get(key)!r} -> {now[key]!r}" for key in now if key in changed)

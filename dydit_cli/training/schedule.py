@@ -1,5 +1,5 @@
-"""The target of the MACs ratio over a run: first the complete model, then a ramp down, then the target
-itself.
+"""What changes over a run: the target of the MACs ratio (first the complete model, then a ramp down, then the target itself), and
+the noise on the routers.
 """
 
 from __future__ import annotations
@@ -17,3 +17,20 @@ def target_at(step: int, final: float, full_width_steps: int, ramp_steps: int) -
     if done >= ramp_steps:
         return final
     return 1.0 + (final - 1.0) * done / ramp_steps
+
+
+def noise_scale_at(
+    gating: str, step: int, full_width_steps: int, ramp_steps: int, anneal_steps: int | None
+) -> float:
+    """The scale of the routing noise at the (0-based) ``step``.
+
+    Under ``gumbel`` always 1, the paper's rule. Under ``annealed`` 1 until the target has come down, then linear to 0 over
+    ``anneal_steps`` (as many as the ramp's if None): from there on, training decides as evaluation does [ours].
+    """
+    if gating == "gumbel":
+        return 1.0
+    length = ramp_steps if anneal_steps is None else anneal_steps
+    done = step - full_width_steps - ramp_steps
+    if done < 0:
+        return 1.0
+    return max(0.0, 1.0 - done / length) if length else 0.0

@@ -2,13 +2,14 @@
 
 L = L_denoise + w * (mean ratio - target)^2, and while the complete branch lasts, L_denoise of the complete
 model on the same noisy batch besides. Its target is the true noise: it stabilises, it does not distil (DyDiT,
-arXiv 2410.03456, section 3.4).
+arXiv 2410.03456, section 3.4). Distillation is another matter: there L_denoise is the squared distance to the
+prediction of a teacher for the same noisy batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,16 @@ from dydit_cli.data.batches import Batch
 from dydit_cli.dynamic.gates import CompleteGating, Gating, GumbelGating, RoutingNoise
 from dydit_cli.dynamic.geometry import Geometry
 from dydit_cli.dynamic.routing import Routing
-from dydit_cli.execution import DenseExecutor, Executor, StaticExecutor
 from dydit_cli.families.dynamic_model import DynamicModel
+from dydit_cli.families.resolution import geometry_of
+from dydit_cli.families.text_condition import Condition, TextCondition
 from dydit_cli.flops import executed_ratio
 from dydit_cli.objectives import Objective
 from dydit_cli.randomness import normal, uniform
+from dydit_cli.training.teacher import Teacher
+
+GUIDANCE_RANGE = (1.0, 5.0)
+"""Strengths of distilled guidance that training draws from, evenly."""
 
 
 class Denoiser(nn.Module):
@@ -36,12 +42,14 @@ class Denoiser(nn.Module):
         self.model = model
 
     def forward(
-        self, noisy: Tensor, t: Tensor, labels: Tensor, branches: Sequence[tuple[Executor, Gating]]
+        self, noisy: Tensor, t: Tensor, condition: Condition, branches: Sequence[tuple[str, Gating]]
     ) -> list[tuple[Tensor, Routing]]:
-        """Predict once a branch: prediction (B, C_out, h, w) and the masks."""
+        """Predict once a branch, which names its execution: prediction (B, C_out, h, w) and the masks."""
         return [
-            self.model.denoise(noisy, t, labels, executor=executor, gating=gating)
-            for executor, gating in branches
+            self.model.denoise(
+                noisy, t, condition, executor=self.model.make_executor(execution), gating=gating
+            )
+            for execution, gating in branches
         ]
 
 
@@ -54,7 +62,7 @@ class NoisyBatch:
         noise: (B, C, h, w).
         noisy: (B, C, h, w), their mixture at ``t``.
         t: (B,), stratified.
-        labels: (B,), some replaced by the null class.
+        condition: (B,) labels, some replaced by the null class; or texts, with guidance drawn for models that take it.
         routing_noise: For the Gumbel gates.
     """
 
@@ -62,7 +70,7 @@ class NoisyBatch:
     noise: Tensor
     noisy: Tensor
     t: Tensor
-    labels: Tensor
+    condition: Condition
     routing_noise: RoutingNoise
 
 
@@ -84,18 +92,40 @@ def draw(
         return torch.stack([uniform(seed, (), name, step, index) for index in batch.indices])
 
     shape = tuple(batch.clean.shape[1:])
+    at_shape, geometry = objective.for_shape(shape), geometry_of(geometry, batch.clean.shape, batch.condition)
     clean = batch.clean.to(device)
     noise = torch.stack([normal(seed, shape, "noise", step, index) for index in batch.indices]).to(device)
-    t = objective.draw_timesteps(uniforms("timestep"), batch.indices).to(device)
-    dropped = uniforms("label_dropout") < label_dropout
+    t = at_shape.draw_timesteps(uniforms("timestep"), batch.indices).to(device)
     return NoisyBatch(
         clean=clean,
         noise=noise,
-        noisy=objective.noised(clean, noise, t),
+        noisy=at_shape.noised(clean, noise, t),
         t=t,
-        labels=torch.where(dropped, geometry.num_classes, batch.labels).to(device),
+        condition=drawn_condition(batch.condition, uniforms, geometry.num_classes, label_dropout).to(device),
         routing_noise=RoutingNoise.draw(geometry, seed, step, batch.indices, device),
     )
+
+
+def drawn_condition(
+    condition: Condition, uniforms: Callable[[str], Tensor], num_classes: int, label_dropout: float
+) -> Condition:
+    """Conditions as a step trains on them.
+
+    Args:
+        condition: Of the batch.
+        uniforms: (B,) uniform numbers by name.
+        num_classes: Number of the null class, which a share ``label_dropout`` of labels becomes; 0 where there is none.
+        label_dropout: That share. Texts are not dropped: guidance-distilled models have no null text.
+    """
+    if isinstance(condition, TextCondition):
+        if condition.guidance is None:
+            return condition
+        low, high = GUIDANCE_RANGE
+        return replace(condition, guidance=low + (high - low) * uniforms("guidance"))
+    if not num_classes:
+        return condition
+    dropped = uniforms("label_dropout") < label_dropout
+    return torch.where(dropped, num_classes, condition)
 
 
 @dataclass(frozen=True)
@@ -135,6 +165,9 @@ def step_loss(
     target: float,
     ratio_weight: float,
     reduce_mean: Callable[[Tensor], Tensor],
+    teacher: Teacher | None = None,
+    noise_scale: float = 1.0,
+    budget: float | None = None,
 ) -> StepLoss:
     """Run the forward passes of a step and add up its loss.
 
@@ -149,21 +182,22 @@ def step_loss(
         target: Of the mean ratio.
         ratio_weight: w.
         reduce_mean: Mean of a tensor over processes.
+        teacher: Whose predictions are matched; the data's own targets are, without one.
+        noise_scale: Of the routing noise; see `GumbelGating`.
+        budget: What the routers are told, of a model with budgets.
     """
     # Static execution of the complete model is dense execution with everything on, bit for bit, and a little
     # faster.
-    complete: tuple[Executor, Gating] = (StaticExecutor(), CompleteGating())
-    sampled: tuple[Executor, Gating] = (DenseExecutor(), GumbelGating(batch.routing_noise, temperature))
+    complete: tuple[str, Gating] = ("static", CompleteGating())
+    gating = GumbelGating(batch.routing_noise, temperature, noise_scale, budget)
+    sampled: tuple[str, Gating] = ("dense", gating)
     branches = [sampled if dynamic else complete] + ([complete] if complete_branch else [])
-    outcomes = denoiser(batch.noisy, batch.t, batch.labels, branches)
-    parts = [
-        {
-            name: values.mean()
-            for name, values in objective.losses(prediction, batch.clean, batch.noise, batch.t).items()
-        }
-        for prediction, _ in outcomes
-    ]
-    ratio = global_mean(executed_ratio(outcomes[0][1], geometry).mean(), reduce_mean)
+    outcomes = denoiser(batch.noisy, batch.t, batch.condition, branches)
+    taught = teacher.predict(batch.noisy, batch.t, batch.condition) if teacher is not None else None
+    parts = [_parts(objective, prediction, batch, taught) for prediction, _ in outcomes]
+    at_shape = geometry_of(geometry, batch.clean.shape, batch.condition)
+    weights = objective.for_shape(batch.clean.shape[1:]).ratio_weights(batch.t)
+    ratio = batch_ratio(executed_ratio(outcomes[0][1], at_shape), weights, reduce_mean)
     ratio_loss = (ratio - target) ** 2
     total = sum((part["loss"] for part in parts), start=ratio_weight * ratio_loss)
     terms = {("denoising" if name == "loss" else name): value.detach() for name, value in parts[0].items()}
@@ -171,3 +205,24 @@ def step_loss(
     if complete_branch:
         terms["complete"] = parts[1]["loss"].detach()
     return StepLoss(total, terms, ratio.detach())
+
+
+def batch_ratio(ratios: Tensor, weights: Tensor | None, reduce_mean: Callable[[Tensor], Tensor]) -> Tensor:
+    """The mean of (B,) ratios over the global batch, weighted if there are (B,) weights, with this process's gradient."""
+    if weights is None:
+        return global_mean(ratios.mean(), reduce_mean)
+    # Normalised by what was drawn: a batch of heavy samples must not pass for a costly model.
+    return global_mean((weights * ratios).mean() / reduce_mean(weights.mean()), reduce_mean)
+
+
+def _parts(
+    objective: Objective, prediction: Tensor, batch: NoisyBatch, taught: Tensor | None
+) -> dict[str, Tensor]:
+    """Scalar losses of a prediction by name; ``loss`` is to be minimised."""
+    losses = objective.losses(prediction, batch.clean, batch.noise, batch.t)
+    means = {name: values.mean() for name, values in losses.items()}
+    if taught is None:
+        return means
+    # What the data say is reported besides, and trains nothing.
+    distance = ((prediction.float() - taught.float()) ** 2).mean()
+    return {"loss": distance, "data": means["loss"].detach()}

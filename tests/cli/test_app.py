@@ -23,10 +23,12 @@ from dydit_cli.recipe.schema import SECTIONS
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 PROMISED = {
+    "prepare": "data pipeline prompts count out resume",
     "convert": "checkpoint family num_heads importance out",
     "finetune": "model data target_ratio steps batch_size seed out resume",
     "profile": "model preset json",
     "sample": "model classes num_images steps guidance seed execution vae out device dtype",
+    "evaluate": "model samples reference extractor against fail_if num_images steps guidance seed out json",
     "export": "model format out",
 }
 
@@ -56,7 +58,7 @@ def parts(stderr: str) -> tuple[str, str, str]:
 
 
 def test_the_commands() -> None:
-    assert list(COMMANDS) == [*STAGES, "bench", "demo", "recipes"]
+    assert list(COMMANDS) == ["plan", *STAGES, "compare", "bench", "demo", "recipes"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -87,12 +89,15 @@ def test_the_defaults_that_help_shows_are_the_schemas(stage: str) -> None:
             assert shown == (flag if field.default else f"no-{flag}")
         elif isinstance(field.default, int | float):
             assert float(shown) == field.default, parameter.name
+        elif isinstance(field.default, tuple):
+            assert shown == ",".join(map(str, field.default)), parameter.name
         else:
             assert shown == str(field.default), parameter.name
 
 
 HELPS = [
     *STAGES,
+    "compare",
     "bench",
     "demo",
     "recipes",

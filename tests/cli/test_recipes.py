@@ -12,6 +12,7 @@ import pytest
 
 from dydit_cli.cli.app import main
 from dydit_cli.recipe.builtin import builtin_recipes, find_recipe
+from dydit_cli.recipe.loading import load_recipe
 
 NAME = "dit-xl-2-256/full"
 
@@ -21,7 +22,11 @@ def test_list_names_describes_and_says_the_stages(capsys: pytest.CaptureFixture[
     out = capsys.readouterr().out
     for recipe in builtin_recipes():
         line = next(line for line in out.splitlines() if line.startswith(recipe.name))
-        assert line.rstrip().endswith("convert finetune profile sample export")
+        stages = " ".join(load_recipe(recipe.name).sections)
+        assert stages.startswith(
+            ("convert finetune profile sample", "prepare convert finetune profile sample")
+        )
+        assert line.rstrip().endswith(f" {stages}")
         assert "λ = 0.5" in line
 
 
@@ -30,7 +35,7 @@ def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     entries = {entry["name"]: entry for entry in json.loads(captured.out)}
     assert list(entries) == [recipe.name for recipe in builtin_recipes()]
-    assert entries[NAME]["stages"] == ["convert", "finetune", "profile", "sample", "export"]
+    assert entries[NAME]["stages"] == ["convert", "finetune", "profile", "sample", "evaluate", "export"]
     assert Path(entries[NAME]["path"]).is_file()
     assert captured.err == ""
 
@@ -107,7 +112,7 @@ def test_validate_reports_the_mistakes_of_all_files(capsys: pytest.CaptureFixtur
     Path("b.yaml").write_text("schema: 1\nexport:\n  model: t\n  out: e\n  format: statik\n")
     assert main(["recipes", "validate", "a.yaml", NAME, "b.yaml", "c.yaml"]) == 2
     captured = capsys.readouterr()
-    assert captured.out == f"{NAME}: ok (convert, finetune, profile, sample, export)\n"
+    assert captured.out == f"{NAME}: ok (convert, finetune, profile, sample, evaluate, export)\n"
     said = captured.err.partition("\n  why:")[0].splitlines()
     assert said[0] == "a.yaml:5: export.fromat: unknown key, did you mean 'format'?"
     assert said[1].endswith("got 'statik', did you mean 'static'?")

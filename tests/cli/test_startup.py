@@ -52,7 +52,9 @@ def test_help_imports_no_library_but_typer_and_rich() -> None:
     assert not modules & {*HEAVY, "pydantic", "yaml"}
 
 
-@pytest.mark.parametrize("command", ["convert", "finetune", "profile", "sample", "export", "bench", "demo"])
+@pytest.mark.parametrize(
+    "command", ["convert", "finetune", "profile", "sample", "evaluate", "export", "compare", "bench", "demo"]
+)
 def test_the_help_of_a_command_is_light_too(command: str) -> None:
     assert not imported(command, "--help") & set(HEAVY)
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from dydit_cli.dynamic.gates import Gating, ImposedGating, ThresholdGating
-from dydit_cli.dynamic.routing import BlockRouting, Routing
+from dydit_cli.dynamic.routing import Routing
 from dydit_cli.execution import CompactExecutor, DenseExecutor
 from dydit_cli.families.backbone import DynamicTransformer
 from dydit_cli.families.family import Family
 from tests.tiny import (
+    ALL,
     each_family,
+    predict,
     random_routing,
     relative_difference,
     tiny_inputs,
@@ -26,17 +28,17 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 PRECISIONS = pytest.mark.parametrize("dtype", list(TOLERANCES))
 BATCH = 4
 
-# (heads, groups, tokens) that are on, of 6, 6 and 16.
+# (heads, groups, tokens) that are on, the tokens of 16 or more.
 CORNERS = {
-    "complete": (6, 6, 16),
-    "no tokens": (6, 6, 0),
-    "one token": (6, 6, 1),
-    "one head": (1, 6, 16),
-    "no head": (0, 6, 16),
-    "one group": (6, 1, 16),
-    "no group": (6, 0, 16),
-    "one head and one group": (1, 1, 16),
-    "no head and no group": (0, 0, 16),
+    "complete": (ALL, ALL, ALL),
+    "no tokens": (ALL, ALL, 0),
+    "one token": (ALL, ALL, 1),
+    "one head": (1, ALL, ALL),
+    "no head": (0, ALL, ALL),
+    "one group": (ALL, 1, ALL),
+    "no group": (ALL, 0, ALL),
+    "one head and one group": (1, 1, ALL),
+    "no head and no group": (0, 0, ALL),
     "nothing": (0, 0, 0),
     "prefixes": (3, 4, 7),
 }
@@ -50,6 +52,7 @@ SHAPES = {
     "one group": {"num_groups": 1},
     "narrow MLP": {"mlp_hidden_size": 36},
     "no learned sigma": {"learn_sigma": False},
+    "ordered width": {"width": "ordered"},
     "patches of one": {"patch_size": 1, "sample_size": 4},
 }
 
@@ -115,7 +118,7 @@ def test_samples_that_share_a_width_in_part(family: Family) -> None:
         return mask
 
     routing = Routing(
-        tuple(BlockRouting(rearranged(b.heads), rearranged(b.groups), tokens(b.tokens)) for b in drawn.blocks)
+        tuple(replace(block.map(rearranged), tokens=tokens(block.tokens)) for block in drawn.blocks)
     )
     dense, compact, _, _ = both(model, ImposedGating(routing))
     assert relative_difference(compact, dense) < 1e-5
@@ -127,9 +130,9 @@ def test_a_sample_does_not_see_its_batch(family: Family) -> None:
     model = tiny_model(family).set_execution("compact")
     images, times, labels = tiny_inputs(model, BATCH)
     with torch.no_grad():
-        together = model(images, times, labels).sample
+        together = predict(model, images, times, labels)
         alone = torch.cat(
-            [model(images[i : i + 1], times[i], labels[i : i + 1]).sample for i in range(BATCH)]
+            [predict(model, images[i : i + 1], times[i], labels[i : i + 1]) for i in range(BATCH)]
         )
     assert relative_difference(alone, together) < 1e-5
 
@@ -159,6 +162,10 @@ class Recording:
     def groups(self, block: int, logits: Tensor) -> Tensor:
         self.logits["groups", block] = logits
         return self.live.groups(block, logits)
+
+    def context_groups(self, block: int, logits: Tensor) -> Tensor:
+        self.logits["context_groups", block] = logits
+        return self.live.context_groups(block, logits)
 
     def tokens(self, block: int, logits: Tensor) -> Tensor:
         self.logits["tokens", block] = logits
@@ -198,12 +205,12 @@ def test_the_dial(family: Family, dial: float) -> None:
     assert torch.equal(routing.tokens, live.tokens)
     arguments = tiny_inputs(model, BATCH)
     with torch.no_grad():
-        assert torch.equal(model.set_execution("dense")(*arguments).sample, dense)
-        assert torch.equal(model.set_execution("compact")(*arguments).sample, compact)
+        assert torch.equal(predict(model.set_execution("dense"), *arguments), dense)
+        assert torch.equal(predict(model.set_execution("compact"), *arguments), compact)
     undialled = model.set_execution("dense").set_keep_bias(0.0).routing(arguments[1])
     if dial == float("-inf"):
-        assert torch.equal(routing.heads.sum(-1), torch.ones(BATCH, 3))
-        assert torch.equal(routing.groups.sum(-1), torch.ones(BATCH, 3))
+        assert torch.equal(routing.heads.sum(-1), torch.ones(BATCH, model.geometry.depth))
+        assert torch.equal(routing.groups.sum(-1), torch.ones(BATCH, model.geometry.depth))
         assert not routing.tokens.any()
     elif dial == float("inf"):
         assert routing.heads.all()

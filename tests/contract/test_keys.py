@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dydit_cli.families.family import Family, Hints
-from tests.tiny import each_family, tiny_model
+from tests.tiny import each_family, each_labelled_family, predict, tiny_inputs, tiny_model
 
 OURS = re.compile(
     r"blocks\.\d+\.(head_router|channel_router|token_router|attn\.head_order|mlp\.channel_order)"
@@ -24,11 +24,12 @@ OTHER_LAYERS = (
 )
 
 
-@each_family
+@each_labelled_family
 def test_state_dict_is_source_plus_routers_plus_orders(family: Family) -> None:
     model = tiny_model(family)
     depth = model.geometry.depth
     source = {"pos_embed", "y_embedder.embedding_table.weight"}
+    source |= {"temp_embed"} if model.geometry.num_frames else set()
     source |= {f"{layer}.{kind}" for layer in OTHER_LAYERS for kind in ("weight", "bias")}
     source |= {
         f"blocks.{i}.{layer}.{kind}"
@@ -49,13 +50,14 @@ def test_running_leaves_the_state_dict_as_it_was(family: Family, execution: str)
     model = tiny_model(family)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     model.set_execution(execution).plan([0.25, 0.5])
-    model(torch.randn(2, 4, 8, 8), 0.25, torch.tensor([1, 2]))
+    sample, _, condition = tiny_inputs(model, 2)
+    predict(model, sample, 0.25, condition)
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
 
 
-@each_family
+@each_labelled_family
 @pytest.mark.parametrize("always_on", [True, False])
 @pytest.mark.parametrize("num_groups", [None, 4])
 def test_the_key_map_is_a_bijection(family: Family, always_on: bool, num_groups: int | None) -> None:
@@ -76,7 +78,7 @@ def test_the_key_map_is_a_bijection(family: Family, always_on: bool, num_groups:
     assert again.geometry == model.geometry
 
 
-@each_family
+@each_labelled_family
 def test_a_static_file_is_read_as_it_is(family: Family) -> None:
     model = tiny_model(family, num_groups=4, learn_sigma=False, patch_size=4, mlp_hidden_size=96)
     static = {key: tensor for key, tensor in model.state_dict().items() if not OURS.match(key)}
@@ -86,7 +88,7 @@ def test_a_static_file_is_read_as_it_is(family: Family) -> None:
     assert family.build(source.config).geometry == model.geometry
 
 
-@each_family
+@each_labelled_family
 def test_presets_are_the_published_sizes(family: Family) -> None:
     """Configurations only: XL is not built."""
     for size, width in (("s", 384), ("b", 768), ("l", 1024), ("xl", 1152)):
@@ -98,6 +100,7 @@ def test_presets_are_the_published_sizes(family: Family) -> None:
         model = family.build(family.presets["xl/2"])
     static = [p for name, p in model.named_parameters() if "_router." not in name and p.requires_grad]
     routers = sum(parameter.numel() for parameter in model.router_parameters())
-    # 674,834,720 is DiT-XL/2's and SiT-XL/2's count; 117,679 a block is the authors' routers'.
-    assert sum(parameter.numel() for parameter in static) == 674_834_720
+    # DiT-XL/2's and SiT-XL/2's count; Latte-XL/2 has 101 classes for 1,000. 117,679 a block is the authors' routers'.
+    expected = 673_799_072 if model.geometry.num_frames else 674_834_720
+    assert sum(parameter.numel() for parameter in static) == expected
     assert routers == 28 * 117_679

@@ -9,12 +9,26 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dydit_cli.families.family import Family
-from tests.tiny import each_family, tiny_inputs, tiny_model
+from tests.tiny import each_family, predict, tiny_inputs, tiny_model
 
 LAUNCHES = 30
 """Kernels that one planned block may take."""
 
-HOST_ONLY = ("aten.detach", "aten.lift_fresh", "aten.item", "aten._local_scalar_dense", "aten.empty")
+REARRANGING = 2
+"""More in the mean block of a video model: every second one brings query, key and value to their places, and the result back."""
+
+TWO_STREAMS = 75
+"""More in a block of two streams: all but attention is there twice, queries and keys are normalised (on a CPU by six kernels for
+each of four, on a GPU by one) and rotated, and the token router reads text as well."""
+
+HOST_ONLY = (
+    "aten.detach",
+    "aten.lift_fresh",
+    "aten.item",
+    "aten._local_scalar_dense",
+    "aten.empty",
+    "aten._unsafe_view",
+)
 """Operations beside views that compute nothing on the device."""
 
 
@@ -36,15 +50,18 @@ class KernelCounter(TorchDispatchMode):
 @each_family
 @torch.no_grad()
 def test_a_planned_block_takes_few_kernels(family: Family) -> None:
-    counts = []
+    counts, depths = [], []
     for depth in (2, 4):
         model = tiny_model(family, num_layers=depth)
+        depths.append(model.geometry.depth)
         hidden, time, labels = tiny_inputs(model, batch=2)
         time = time[:1].expand(2)
         model.set_execution("compact").plan(time[:1])
-        model(hidden, time, labels)  # packs the weights
+        predict(model, hidden, time, labels)  # packs the weights
         with KernelCounter() as counter:
-            model(hidden, time, labels)
+            predict(model, hidden, time, labels)
         counts.append(sum(counter.counts.values()))
-    per_block = (counts[1] - counts[0]) / 2
-    assert 8 <= per_block <= LAUNCHES, counter.counts
+    per_block = (counts[1] - counts[0]) / (depths[1] - depths[0])
+    allowed = LAUNCHES + (REARRANGING if model.geometry.num_frames else 0)
+    allowed += TWO_STREAMS if model.geometry.has_context else 0
+    assert 8 <= per_block <= allowed, counter.counts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,6 +15,8 @@ from dydit_cli.families.family import Family, reset_routers
 from tests.tiny import (
     bits,
     each_family,
+    orders,
+    predict,
     random_routing,
     relative_difference,
     tiny_inputs,
@@ -35,7 +39,7 @@ def test_complete_dense_is_static_bit_for_bit(family: Family, dtype: torch.dtype
     assert routing.tokens.all()
     for gating in (
         CompleteGating(),
-        ImposedGating(uniform_routing(model.geometry, 3, heads=6, groups=6, tokens=16)),
+        ImposedGating(uniform_routing(model.geometry, 3)),
     ):
         dense, _ = model.denoise(*arguments, executor=DenseExecutor(), gating=gating)
         assert torch.equal(bits(dense), bits(static))
@@ -48,10 +52,10 @@ def test_complete_dense_is_static_bit_for_bit(family: Family, dtype: torch.dtype
 def test_the_dial_at_infinity_is_static_bit_for_bit(family: Family) -> None:
     model = tiny_model(family)
     arguments = tiny_inputs(model)
-    static = model.set_execution("static")(*arguments).sample
-    live = model.set_execution("dense")(*arguments).sample
+    static = predict(model.set_execution("static"), *arguments)
+    live = predict(model.set_execution("dense"), *arguments)
     assert not torch.equal(live, static)
-    assert torch.equal(bits(model.set_keep_bias(float("inf"))(*arguments).sample), bits(static))
+    assert torch.equal(bits(predict(model.set_keep_bias(float("inf")), *arguments)), bits(static))
 
 
 @each_family
@@ -61,8 +65,8 @@ def test_the_paper_start_keeps_everything(family: Family) -> None:
     model = tiny_model(family)
     reset_routers(model)
     arguments = tiny_inputs(model)
-    static = model.set_execution("static")(*arguments).sample
-    assert torch.equal(bits(model.set_execution("dense")(*arguments).sample), bits(static))
+    static = predict(model.set_execution("static"), *arguments)
+    assert torch.equal(bits(predict(model.set_execution("dense"), *arguments)), bits(static))
     noise = RoutingNoise.draw(model.geometry, seed=0, step=0, indices=range(3))
     _, routing = model.denoise(*arguments, executor=DenseExecutor(), gating=GumbelGating(noise))
     assert float(routing.heads.mean()) == float(routing.groups.mean()) == float(routing.tokens.mean()) == 1.0
@@ -70,9 +74,8 @@ def test_the_paper_start_keeps_everything(family: Family) -> None:
 
 def with_identity_order(model: DynamicTransformer) -> DynamicTransformer:
     """The same weights in their natural order of importance."""
-    for block in model.blocks:
-        for order in (block.attn.head_order, block.mlp.channel_order):
-            order.copy_(torch.arange(len(order)))
+    for order in orders(model).values():
+        order.copy_(torch.arange(len(order)))
     return model
 
 
@@ -81,10 +84,12 @@ def with_identity_order(model: DynamicTransformer) -> DynamicTransformer:
 @torch.no_grad()
 def test_any_order_preserves_the_complete_function(family: Family, execution: str) -> None:
     shuffled, natural = tiny_model(family), with_identity_order(tiny_model(family))
-    assert not torch.equal(shuffled.blocks[0].attn.head_order, natural.blocks[0].attn.head_order)
+    assert not torch.equal(
+        shuffled.dynamic_blocks[0].attn.head_order, natural.dynamic_blocks[0].attn.head_order
+    )
     arguments = tiny_inputs(shuffled)
     outputs = [
-        model.set_keep_bias(float("inf")).set_execution(execution)(*arguments).sample
+        predict(model.set_keep_bias(float("inf")).set_execution(execution), *arguments)
         for model in (shuffled, natural)
     ]
     if execution == "compact":
@@ -101,22 +106,34 @@ def test_any_order_of_heads_preserves_the_masked_function(
 ) -> None:
     """A mask by rank in one order, and the mask of the same stored heads by rank in another, compute the same."""
     shuffled, natural = tiny_model(family), tiny_model(family)
-    for block in natural.blocks:
+    for block in natural.dynamic_blocks:
         block.attn.head_order.copy_(torch.arange(6))
     arguments = tiny_inputs(shuffled)
     by_rank = random_routing(shuffled.geometry, 3)
     by_source = Routing(
         tuple(
-            BlockRouting(block.attn.by_source(masks.heads), masks.groups, masks.tokens)
-            for block, masks in zip(shuffled.blocks, by_rank.blocks, strict=True)
+            replace(
+                masks, heads=torch.zeros_like(masks.heads).index_copy(1, block.attn.head_order, masks.heads)
+            )
+            for block, masks in zip(shuffled.dynamic_blocks, by_rank.blocks, strict=True)
         )
     )
-    for masks, other, block in zip(by_rank.blocks, by_source.blocks, shuffled.blocks, strict=True):
+    for masks, other, block in zip(by_rank.blocks, by_source.blocks, shuffled.dynamic_blocks, strict=True):
         # Rank r of the one is the stored head head_order[r] of the other.
         assert torch.equal(other.heads[:, block.attn.head_order], masks.heads)
     first, _ = shuffled.denoise(*arguments, executor=executor(), gating=ImposedGating(by_rank))
     second, _ = natural.denoise(*arguments, executor=executor(), gating=ImposedGating(by_source))
     assert relative_difference(first, second) < 1e-5
+
+
+def moved_groups(masks: BlockRouting, permutation: torch.Tensor) -> BlockRouting:
+    """The masks of groups in another order."""
+    context = masks.context_groups
+    return replace(
+        masks,
+        groups=masks.groups[:, permutation],
+        context_groups=None if context is None else context[:, permutation],
+    )
 
 
 @each_family
@@ -131,13 +148,13 @@ def test_groups_follow_the_channel_order(
     arguments, routing = tiny_inputs(model), random_routing(model.geometry, 3)
     expected, _ = model.denoise(*arguments, executor=executor(), gating=ImposedGating(routing))
     permutation = torch.tensor([3, 0, 5, 1, 4, 2])
-    moved = Routing(tuple(BlockRouting(b.heads, b.groups[:, permutation], b.tokens) for b in routing.blocks))
-    for block in model.blocks:
-        order = block.mlp.channel_order.view(6, -1)
-        block.mlp.channel_order.copy_(order[permutation].flip(1).reshape(-1))
+    moved = Routing(tuple(moved_groups(block, permutation) for block in routing.blocks))
+    channel_orders = [order for name, order in orders(model).items() if name.endswith("channel_order")]
+    for order in channel_orders:
+        order.copy_(order.view(6, -1)[permutation].flip(1).reshape(-1))
     actual, _ = model.denoise(*arguments, executor=executor(), gating=ImposedGating(moved))
     assert relative_difference(actual, expected) < 1e-5
-    for block in model.blocks:
-        block.mlp.channel_order.copy_(block.mlp.channel_order.roll(7))
+    for order in channel_orders:
+        order.copy_(order.roll(7))
     across, _ = model.denoise(*arguments, executor=executor(), gating=ImposedGating(moved))
     assert relative_difference(across, expected) > 1e-3

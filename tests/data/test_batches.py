@@ -53,8 +53,8 @@ def test_mirroring_takes_half_and_spares_the_classes_named() -> None:
     batches = TrainingBatches(numbered(90), 90, seed=0, mirror=MirrorRule(True, frozenset([1])))
     batch = batches.at(0)
     mirrored = batch.clean[:, 0, 0, 0] > batch.clean[:, 0, 0, 3]
-    assert not bool(mirrored[batch.labels == 1].any())
-    assert 0.25 < float(mirrored[batch.labels != 1].float().mean()) < 0.75
+    assert not bool(mirrored[batch.condition == 1].any())
+    assert 0.25 < float(mirrored[batch.condition != 1].float().mean()) < 0.75
 
 
 def test_workers_give_the_batches_of_one_process() -> None:
@@ -62,7 +62,7 @@ def test_workers_give_the_batches_of_one_process() -> None:
     read = list(batches.between(2, 5, num_workers=2))
     for step, batch in zip(range(2, 5), read, strict=True):
         assert torch.equal(batch.clean, batches.at(step).clean)
-        assert torch.equal(batch.labels, batches.at(step).labels)
+        assert torch.equal(batch.condition, batches.at(step).condition)
 
 
 def test_an_error_keeps_its_three_parts_on_the_way_out_of_a_worker(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,8 +17,10 @@ from dydit_cli.dynamic.gates import (
     ThresholdGating,
 )
 from dydit_cli.dynamic.geometry import Geometry
+from dydit_cli.dynamic.routers import OrderedHeadRouter
 from tests.tiny import bits, random_routing
 
+MASKS = ("heads", "groups", "tokens")
 GEOMETRY = Geometry(
     hidden_size=48,
     depth=3,
@@ -75,6 +77,17 @@ class TestGumbel:
         assert torch.equal(masks[0], masks[1])
         assert torch.equal(masks[0], masks[2])
 
+    @pytest.mark.parametrize("kind", MASKS)
+    def test_without_noise_it_decides_as_evaluation_does(self, kind: str) -> None:
+        noise = self.noise(64)
+        size = getattr(noise, kind).shape[-1]
+        logits = torch.randn(64, size, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        mask = getattr(GumbelGating(noise, scale=0.0), kind)(1, logits)
+        assert torch.equal(mask.detach(), getattr(ThresholdGating(), kind)(1, logits.detach()))
+        mask.sum().backward()
+        soft = torch.sigmoid(logits.detach() / 5)
+        torch.testing.assert_close(logits.grad, soft * (1 - soft) / 5)
+
     def test_gradient_at_the_paper_start(self) -> None:
         """Bias 15: 3e-7 at temperature 1, about 9e-3 at temperature 5 (without noise)."""
         silent = RoutingNoise(torch.zeros(1, 3, 6), torch.zeros(1, 3, 4), torch.zeros(1, 3, 16))
@@ -113,6 +126,39 @@ class TestGumbel:
         assert GumbelGating(noise).groups(0, torch.zeros(8, 0)).shape == (8, 0)
 
 
+class TestOrderedWidth:
+    """One draw of noise for all heads of a block, one for all groups."""
+
+    ORDERED = replace(GEOMETRY, ordered_width=True)
+
+    def test_one_draw_a_sample_a_block_and_a_kind(self) -> None:
+        noise = RoutingNoise.draw(self.ORDERED, seed=0, step=0, indices=range(16))
+        for kind in ("heads", "groups"):
+            values = getattr(noise, kind)
+            assert (values == values[:, :, :1]).all()
+            assert len(values[:, :, 0].unique()) == 16 * 3
+        assert not torch.equal(noise.heads[:, :, 0], noise.groups[:, :, 0])
+        assert len(noise.tokens.unique()) == noise.tokens.numel()
+
+    def test_masks_are_prefixes_and_their_mean_size_is_the_sum_of_probabilities(self) -> None:
+        batch, router = 4000, OrderedHeadRouter(48, 6, always_on=True)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in router.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+            router.linear.bias[0] += 2
+            logits = router(torch.randn(1, 48, generator=generator)).expand(batch, -1)
+        noise = RoutingNoise.draw(self.ORDERED, seed=0, step=0, indices=range(batch))
+        masks = torch.cat([GumbelGating(noise).heads(block, logits) for block in range(3)])
+        assert (masks[:, 1:] <= masks[:, :-1]).all()
+        counts = masks.sum(dim=1)
+        assert len(counts.unique()) > 3
+        expected = float(torch.sigmoid(logits[0]).sum())
+        margin = 5 * float(counts.std()) / len(counts) ** 0.5
+        assert float(counts.mean()) == pytest.approx(expected, abs=margin)
+        assert ThresholdGating().heads(0, logits)[0].sum() == (logits[0] > 0).sum()
+
+
 class TestRoutingNoise:
     def test_is_a_function_of_seed_step_and_index_alone(self) -> None:
         """Not of the batch that an index stands in, nor of what was drawn before."""
@@ -120,10 +166,8 @@ class TestRoutingNoise:
         torch.rand(1000)
         for row, index in enumerate((4, 9, 1)):
             alone = RoutingNoise.draw(GEOMETRY, seed=3, step=7, indices=[index])
-            for field in fields(RoutingNoise):
-                assert torch.equal(
-                    bits(getattr(alone, field.name)[0]), bits(getattr(together, field.name)[row])
-                )
+            for name in MASKS:
+                assert torch.equal(bits(getattr(alone, name)[0]), bits(getattr(together, name)[row]))
 
     def test_leaves_the_global_generator_alone(self) -> None:
         before = torch.get_rng_state()
@@ -141,11 +185,11 @@ class TestRoutingNoise:
 
     def test_has_the_logistic_law(self) -> None:
         noise = RoutingNoise.draw(GEOMETRY, seed=0, step=0, indices=range(2000))
-        values = torch.cat([getattr(noise, field.name).flatten() for field in fields(noise)])
+        values = torch.cat([getattr(noise, name).flatten() for name in MASKS])
         assert torch.isfinite(values).all()
         assert float(values.mean()) == pytest.approx(0, abs=0.03)
         assert float(values.std()) == pytest.approx(math.pi / math.sqrt(3), rel=0.02)
-        shapes = [tuple(getattr(noise, field.name).shape) for field in fields(noise)]
+        shapes = [tuple(getattr(noise, name).shape) for name in MASKS]
         assert shapes == [(2000, 3, 6), (2000, 3, 4), (2000, 3, 16)]
 
 

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from dydit_cli.dynamic.layers import DynamicAttention, DynamicMlp
-from dydit_cli.dynamic.routers import ChannelRouter, HeadRouter, TokenRouter, WidthRouter
+from dydit_cli.dynamic.routers import (
+    ChannelRouter,
+    HeadRouter,
+    OrderedChannelRouter,
+    OrderedHeadRouter,
+    TokenRouter,
+    WidthRouter,
+    shift_routers,
+    width_routers,
+)
+from dydit_cli.errors import DyditError
 
 
 @pytest.mark.parametrize("kind", [HeadRouter, ChannelRouter])
@@ -22,6 +34,51 @@ def test_width_routers_start_with_everything_on(kind: type[WidthRouter], always_
     mask = router.complete((logits > 0).float())
     assert mask.shape == (4, 6)
     assert mask.all()
+
+
+@pytest.mark.parametrize("kind", [OrderedHeadRouter, OrderedChannelRouter])
+@pytest.mark.parametrize(("always_on", "routed"), [(True, 5), (False, 6)])
+def test_ordered_routers_start_with_everything_on(
+    kind: type[WidthRouter], always_on: bool, routed: int
+) -> None:
+    router = kind(48, 6, always_on)
+    router.reset_parameters()
+    assert router.linear.weight.shape == (routed + 1, 48)
+    logits = router(torch.randn(4, 48))
+    # A logit apart, the last at the free routers' start.
+    expected = 15.0 + torch.arange(routed - 1, -1, -1)
+    torch.testing.assert_close(logits, expected.expand(4, -1))
+    assert router.complete((logits > 0).float()).shape == (4, 6)
+
+
+def test_ordered_logits_descend_by_the_formula() -> None:
+    router = OrderedHeadRouter(48, 6, always_on=True)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    embedding = torch.randn(8, 48, generator=torch.Generator().manual_seed(2))
+    logits, values = router(embedding).detach(), router.linear(embedding).detach()
+    for sample in range(8):
+        for unit in range(5):
+            gaps = sum(math.log1p(math.exp(float(values[sample, 1 + j]))) for j in range(unit + 1))
+            assert float(logits[sample, unit]) == pytest.approx(float(values[sample, 0]) - gaps, abs=1e-4)
+    assert (logits[:, 1:] <= logits[:, :-1]).all()
+
+
+@pytest.mark.parametrize("kind", [HeadRouter, OrderedHeadRouter, TokenRouter])
+def test_a_shift_moves_all_logits(kind: type[WidthRouter] | type[TokenRouter]) -> None:
+    router = kind(48) if kind is TokenRouter else kind(48, 6, True)
+    router.reset_parameters()
+    inputs = torch.randn(2, 16, 48) if kind is TokenRouter else torch.randn(2, 48)
+    before = router(inputs)
+    shift_routers(torch.nn.ModuleDict({"any_router": router}), -0.5)
+    torch.testing.assert_close(router(inputs), before - 0.5)
+
+
+def test_an_unknown_width_is_refused_with_the_nearest() -> None:
+    with pytest.raises(DyditError, match="orderd") as refusal:
+        width_routers("orderd")
+    assert "ordered" in refusal.value.fix
 
 
 def test_token_router_starts_with_everything_kept() -> None:

@@ -35,8 +35,8 @@ from dydit_cli.execution import (
 )
 from dydit_cli.families.backbone import DynamicTransformer
 from dydit_cli.families.family import Family
+from tests.execution.backbones import each_backbone
 from tests.tiny import (
-    each_family,
     random_routing,
     relative_difference,
     tiny_inputs,
@@ -79,11 +79,16 @@ def imposed(model: DynamicTransformer, heads: int, groups: int, tokens: int) -> 
     return ImposedGating(uniform_routing(model.geometry, BATCH, heads=heads, groups=groups, tokens=tokens))
 
 
+def kinds_of_blocks(model: DynamicTransformer) -> int:
+    """In how many ways tokens attend to each other: graphs are counted for each."""
+    return len({block.attn.sequences for block in model.dynamic_blocks})
+
+
 STEPS = [(3, 4, 7), (2, 2, 0), (1, 3, TOKENS), (UNITS, UNITS, 1), (UNITS, 1, TOKENS), (1, 1, 0), (4, 2, 9)]
 """Active heads, groups and tokens; the corners among them."""
 
 
-@each_family
+@each_backbone
 @pytest.mark.parametrize("start", range(len(STEPS)))
 def test_one_graph_and_at_most_one_recompilation(family: Family, start: int) -> None:
     """Whatever the first step looks like, later ones with other counts of tokens and units compile at most once more."""
@@ -96,7 +101,7 @@ def test_one_graph_and_at_most_one_recompilation(family: Family, start: int) -> 
         assert relative_difference(found, eager) < 1e-5
         assert int(record.tokens.sum()) == BATCH * model.geometry.depth * tokens
     # All blocks and all steps: a break would show as graphs of parts.
-    assert 1 <= len(backend.graphs) <= 2
+    assert 1 <= len(backend.graphs) <= 2 * kinds_of_blocks(model)
     names = {str(node.target) for node in backend.graphs[0].graph.nodes}
     assert {"nonzero", "index_copy"} <= {name.rpartition(".")[2] for name in names}
 
@@ -112,7 +117,7 @@ def test_prefixes_and_scattered_units_share_a_graph() -> None:
     assert len(backend.graphs) <= 2
 
 
-@each_family
+@each_backbone
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
 def test_live_decisions_are_those_of_eager_execution(family: Family, dtype: torch.dtype) -> None:
     model, backend = tiny_model(family).to(dtype).set_execution("compact"), Counting()
@@ -128,7 +133,7 @@ def test_live_decisions_are_those_of_eager_execution(family: Family, dtype: torc
                     assert torch.equal(first.tokens, second.tokens)
                 same = bool(torch.equal(first.tokens, second.tokens))
                 assert not same or relative_difference(found, eager) < TOLERANCES[dtype]
-    assert 1 <= len(backend.graphs) <= 2
+    assert 1 <= len(backend.graphs) <= 2 * kinds_of_blocks(model)
 
 
 def test_gatings_share_a_graph() -> None:
@@ -142,6 +147,27 @@ def test_gatings_share_a_graph() -> None:
         assert relative_difference(found, eager) < 1e-5
         assert torch.equal(record.tokens, expected.tokens)
     assert len(backend.graphs) <= 2
+
+
+def test_budgets_run_in_the_graph() -> None:
+    """A budget adds to the token logits, block by block: another input, no other graph."""
+    model, backend = tiny_model(budgets=(0.3, 1.0)), Counting()
+    with torch.no_grad():
+        model.budget_router.linear.weight.normal_(generator=torch.Generator().manual_seed(0))
+    executor = CompiledCompactExecutor(backend=backend)
+    for budget in (0.4, 0.9):
+        model.set_budget(budget)
+        gating = imposed_widths(model)
+        eager, expected = run(model, CompactExecutor(), gating)
+        found, record = run(model, executor, gating)
+        assert torch.equal(record.tokens, expected.tokens)
+        assert relative_difference(found, eager) < 1e-5
+    assert 1 <= len(backend.graphs) <= 2
+
+
+def imposed_widths(model: DynamicTransformer) -> FrozenWidthGating:
+    widths = random_routing(model.geometry, BATCH, shared=True)
+    return FrozenWidthGating(widths, ThresholdGating())
 
 
 @pytest.mark.parametrize("changes", [{}, {"always_on": False}], ids=["usual", "no always-on unit"])
@@ -284,7 +310,7 @@ def test_two_threads_give_the_result_of_one() -> None:
 # ------------------------------------------------------------------ static
 
 
-@each_family
+@each_backbone
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
 def test_static_blocks_are_one_graph(family: Family, dtype: torch.dtype) -> None:
     model, backend = tiny_model(family).to(dtype), Counting()
@@ -294,7 +320,7 @@ def test_static_blocks_are_one_graph(family: Family, dtype: torch.dtype) -> None
         found, record = run(model, executor, CompleteGating())
         assert relative_difference(found, eager) < TOLERANCES[dtype]
         assert torch.equal(record.tokens, expected.tokens)
-    assert len(backend.graphs) == 1
+    assert len(backend.graphs) == kinds_of_blocks(model)
 
 
 # ------------------------------------------------------------------ the option

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DPMSolverMultistepScheduler
 
+from dydit_cli.errors import DyditError
 from dydit_cli.execution import DenseExecutor
 from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.registry import SIT
 from tests.tiny import bits, relative_difference, tiny_inputs, tiny_model
 
 SCHEDULERS = [DDIMScheduler, DPMSolverMultistepScheduler]
@@ -21,7 +25,9 @@ def model_of(dtype: torch.dtype = torch.float32) -> DynamicTransformer:
 
 
 def pipeline_of(
-    model: DynamicTransformer, scheduler: type = DDIMScheduler, dtype: torch.dtype = torch.float32
+    model: DynamicTransformer,
+    scheduler: Callable[[], Any] = DDIMScheduler,
+    dtype: torch.dtype = torch.float32,
 ) -> DiTPipeline:
     torch.manual_seed(0)
     vae = AutoencoderKL(latent_channels=4, block_out_channels=(4,), norm_num_groups=1).to(dtype).eval()
@@ -53,6 +59,72 @@ def test_an_announced_schedule_has_no_misses(scheduler: type, dtype: torch.dtype
         draw(pipeline, steps)
         assert (plan.hits, plan.misses) == (steps, 0)
         assert plan.modulation is not None
+
+
+def flow_scheduler() -> DPMSolverMultistepScheduler:
+    """As an export of a SiT has it."""
+    return DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=1, flow_shift=1.0
+    )
+
+
+def flow_model(dtype: torch.dtype) -> DynamicTransformer:
+    """A SiT in the convention of pipelines."""
+    native = tiny_model("sit", learn_sigma=False)
+    model = SIT.pipeline_class(**native.config)
+    model.load_state_dict(native.state_dict())
+    return model.eval().to(dtype).requires_grad_(False).set_execution("compact")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("announced", [True, False])
+def test_flow_matching_in_a_stock_pipeline(dtype: torch.dtype, announced: bool) -> None:
+    """Planned are the scheduler's values, the forward's own convention turns them."""
+    model = flow_model(dtype)
+    pipeline = pipeline_of(model, flow_scheduler, dtype)
+    for steps in (4, 7, 4):
+        pipeline.scheduler.set_timesteps(steps)
+        if announced:
+            model.plan(pipeline.scheduler.timesteps, [3, 7, 1000])
+        else:
+            draw(pipeline, steps)
+        plan = model.current_plan
+        assert plan is not None
+        hits, misses = plan.hits, plan.misses
+        first, again = draw(pipeline, steps), draw(pipeline, steps)
+        assert (plan.hits - hits, plan.misses - misses) == (2 * steps, 0)
+        assert torch.equal(bits(first), bits(again))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_timesteps_after_a_cast(dtype: torch.dtype) -> None:
+    """A pipeline that casts its schedule sends rounded values, two steps perhaps the same: these are planned, and found."""
+    model = flow_model(dtype)
+    images, _, labels = tiny_inputs(model)
+    scheduler = flow_scheduler()
+    for steps in (30, 12):
+        scheduler.set_timesteps(steps)
+        sent = scheduler.timesteps.to(dtype)
+        plan = model.plan(sent, labels)
+        for t in sent:
+            model(images, t.expand(3), labels)
+        assert (plan.hits, plan.misses) == (steps, 0)
+        assert len(plan) == len(set(sent.tolist()))
+
+
+@torch.no_grad()
+def test_another_batch_size_is_still_planned_and_another_resolution_refused() -> None:
+    """The size of a model is fixed by its table of positions; a plan knows nothing of the batch."""
+    model = model_of()
+    plan = model.plan([500.0], [1, 2, 10])
+    for batch in (1, 2, 5):
+        model(torch.randn(batch, 4, 8, 8), 500.0, torch.arange(batch) % 3)
+    with pytest.raises(DyditError, match="expects inputs of 4x8x8, got 4x16x16") as caught:
+        model(torch.randn(1, 4, 16, 16), 500.0, torch.tensor([1]))
+    assert "resolution" in caught.value.fix
+    model(torch.randn(1, 4, 8, 8), 500.0, torch.tensor([1]))
+    assert (plan.hits, plan.misses) == (4, 0)
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

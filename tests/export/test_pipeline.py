@@ -21,6 +21,7 @@ from dydit_cli.errors import DyditError
 from dydit_cli.export.registration import register
 from tests.export.artifacts import converted, exported, tiny_vae, trained
 from tests.export.test_inline import WITHOUT_PACKAGE
+from tests.flux_parts import PIPELINE, saved_flux
 
 FAMILIES = pytest.mark.parametrize("family", ["dit", "sit"])
 CLASSES = [3, 1]
@@ -399,11 +400,12 @@ def test_the_code_of_the_export_page_runs(repository: Path, monkeypatch: pytest.
 
     exported(trained(Path("runs/trained"), in_channels=1), Path("runs/pipeline"))
     exported(trained(Path("runs/latent-trained")), Path("runs/latent"))
+    exported(saved_flux(Path("runs/flux")), Path("runs/flux-pipeline"), pipeline=PIPELINE)
     vae = tiny_vae(Path("vae"))
     monkeypatch.setattr(utils.dynamic_modules_utils, "HF_MODULES_CACHE", str(Path("modules").resolve()))
     page = (repository / "docs" / "export.md").read_text(encoding="utf-8")
     snippets = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert len(snippets) == 5
+    assert len(snippets) == 6
     for snippet in snippets:
         exec(compile(snippet.replace("stabilityai/sd-vae-ft-ema", str(vae)), "export.md", "exec"), {})
     assert Path("runs/static/model.pt").is_file()

@@ -44,7 +44,7 @@ def test_ratio_is_the_mean_over_every_image_and_timestep() -> None:
     draws = HeldOutDraws(source, objective, timesteps=5, per_image=5)
     ratios = []
     for batch in draws.batches("cpu"):
-        routing = model.routing(batch.t, objective.noised(batch.clean, batch.noise, batch.t), batch.labels)
+        routing = model.routing(batch.t, objective.noised(batch.clean, batch.noise, batch.t), batch.condition)
         ratios.append(executed_ratio(routing, model.geometry))
     assert sum(map(len, ratios)) == 200
     assert report.ratio == pytest.approx(float(torch.cat(ratios).mean()), abs=1e-6)

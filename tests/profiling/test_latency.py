@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dydit_cli.data.conditions import conditions_of
 from dydit_cli.families.backbone import DynamicTransformer
 from dydit_cli.objectives import objective_for
 from dydit_cli.profiling.latency import LEVELS, LatencyReport, measure_latency
-from tests.profiling.sources import RandomSource
+from tests.profiling.sources import source_for
 from tests.tiny import each_family, tiny_model
 
 
 def measured(model: DynamicTransformer, batch: int = 2, **options) -> LatencyReport:
-    source = RandomSource(model.geometry, batch)
-    clean, labels = source.batch(range(batch)), source.labels
-    return measure_latency(model, objective_for(model.family), clean, labels, repetitions=2, **options)
+    source = source_for(model, batch)
+    clean, condition = source.batch(range(batch)), conditions_of(source, range(batch))
+    return measure_latency(model, objective_for(model.family), clean, condition, repetitions=2, **options)
 
 
 @each_family

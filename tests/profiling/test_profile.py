@@ -16,7 +16,7 @@ from dydit_cli.families.registry import preset_named
 from dydit_cli.flops import macs_of
 from dydit_cli.profiling.inputs import Inputs
 from dydit_cli.profiling.profile import ProfileReport, ProfileSettings, profile
-from tests.profiling.sources import RandomSource
+from tests.profiling.sources import source_for
 from tests.tiny import each_family, tiny_inputs, tiny_model
 
 SETTINGS = ProfileSettings(timesteps=4, latency_batch=2, repetitions=3)
@@ -27,14 +27,14 @@ KEYS = {
 }  # fmt: skip
 TIMESTEP_KEYS = {"t", "noise_level", "heads", "groups", "tokens", "gmacs", "ratio"}
 LATENCY_KEYS = {
-    "compiled",
+    "compiled", "graphs",
     "static_ms", "dense_ms", "compact_ms", "ratio", "interval", "dense_ratio", "repetitions", "timesteps", "batch",
     "threads", "device", "dtype", "peak_mib", "packed_mib", "memory_method",
 }  # fmt: skip
 
 
 def inputs_for(model) -> Inputs:
-    return Inputs(RandomSource(model.geometry, 8), True, "here", "8 samples made here.")
+    return Inputs(source_for(model, 8), True, "here", "8 samples made here.")
 
 
 def profiled(model, **changes: Any) -> ProfileReport:

@@ -9,18 +9,18 @@ from dydit_cli.families.family import Family
 from dydit_cli.flops import macs_of, router_macs
 from dydit_cli.objectives import HeldOutDraws, measure, objective_for
 from dydit_cli.profiling.shares import measure_shares
-from tests.profiling.sources import RandomSource
-from tests.tiny import each_family, tiny_model
+from tests.profiling.sources import source_for
+from tests.tiny import each_trained_family, tiny_model
 
 
 def draws(
     model, samples: int = 12, timesteps: int = 4, batch_size: int = 2, images: int = 1000
 ) -> HeldOutDraws:
-    source = RandomSource(model.geometry, samples)
+    source = source_for(model, samples)
     return HeldOutDraws(source, objective_for(model.family), images, timesteps, batch_size=batch_size)
 
 
-@each_family
+@each_trained_family
 def test_the_means_are_the_ratio_that_targets_refer_to(family: Family) -> None:
     model = tiny_model(family)
     drawn = draws(model)

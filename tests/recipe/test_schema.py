@@ -24,7 +24,7 @@ def finetune(**changes: Any) -> FinetuneSection:
 
 
 def test_the_stages_follow_each_other() -> None:
-    assert list(SECTIONS) == ["convert", "finetune", "profile", "sample", "export"]
+    assert list(SECTIONS) == ["prepare", "convert", "finetune", "profile", "sample", "evaluate", "export"]
     for stage, section in SECTIONS.items():
         assert set(section.parents) <= set(list(SECTIONS)[: list(SECTIONS).index(stage)])
 
@@ -35,7 +35,7 @@ def test_the_papers_values_are_the_defaults() -> None:
     assert (section.full_width_steps, section.ramp_steps, section.complete_branch_steps) == (100, 1000, 0)
     assert (section.learning_rate, section.weight_decay, section.ema_decay) == (1e-4, 0.0, 0.9999)
     assert section.label_dropout == 0.1
-    assert SampleSection(model="t", out="s").guidance_channels == "first3"
+    assert SampleSection(model="t", out="s").guidance_channels == "original"
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,15 @@ def test_the_dial_reaches_the_complete_model_but_not_nothing() -> None:
     assert SampleSection(model="t", out="s", keep_bias="inf").keep_bias == math.inf
     with pytest.raises(ValidationError, match="switches every unit off"):
         SampleSection(model="t", out="s", keep_bias="-inf")
+
+
+def test_formats_of_videos_are_a_list_of_known_names() -> None:
+    section = SampleSection(model="t", out="s", video_formats="frames,mp4", fps="12.5")
+    assert section.video_formats == ("frames", "mp4")
+    assert SampleSection(**section.model_dump(mode="json")) == section
+    for wrong in ({"video_formats": "gfi"}, {"video_formats": ""}, {"fps": 0}, {"fps": "inf"}):
+        with pytest.raises(ValidationError):
+            SampleSection(model="t", out="s", **wrong)
 
 
 def test_sections_are_frozen_and_paths_are_paths() -> None:

@@ -100,3 +100,15 @@ def test_mirror_is_a_flag_or_labels() -> None:
 
 def test_long_values_are_shortened() -> None:
     assert len(values.shown("x" * 1000)) == 80
+
+
+@pytest.mark.parametrize("written", ["mp4,gif", "[mp4, gif]", ["mp4", "gif"], ("mp4", " gif ")])
+def test_names(written: object) -> None:
+    assert values.names(written) == ("mp4", "gif")
+    assert values.names("mp4") == ("mp4",)
+
+
+@pytest.mark.parametrize("written", ["", "[]", [], 3, None, True])
+def test_what_are_no_names(written: object) -> None:
+    with pytest.raises(ValueError, match="name"):
+        values.names(written)

@@ -61,6 +61,18 @@ class TestCombine:
     def test_which_channels(self, channels: str, noise_channels: int, expected: list[int]) -> None:
         assert self.guided_channels(Guidance(3.0, channels), noise_channels) == expected
 
+    @pytest.mark.parametrize(("original", "expected"), [(3, 3), (4, 4), (16, 4)])
+    def test_the_familys_own_channels(self, original: int, expected: int) -> None:
+        mixed = Guidance(3.0).combine(self.conditional, self.unconditional, 4, original)
+        expected_mix = Guidance(3.0, "all").combine(self.conditional, self.unconditional, expected)
+        assert torch.equal(mixed, expected_mix)
+
+    def test_channels_of_videos_are_axis_2(self) -> None:
+        videos = [part.unflatten(0, (1, 2)) for part in (self.conditional, self.unconditional)]
+        mixed = Guidance(3.0).combine(*videos, 4, 4)
+        frames = Guidance(3.0).combine(self.conditional, self.unconditional, 4, 4)
+        assert torch.equal(mixed[0], frames)
+
     def test_the_inputs_stay(self) -> None:
         before = self.conditional.clone()
         Guidance(3.0).combine(self.conditional, self.unconditional, 4)

@@ -82,7 +82,7 @@ def test_draws_are_named_by_seed_step_and_global_index() -> None:
     model = tiny_model()
     first, again, later = drawn(model), drawn(model), drawn(model, step=1)
     part = draw(
-        Batch(batch_of().clean[4:], batch_of().labels[4:], (4, 5, 6, 7)),
+        Batch(batch_of().clean[4:], batch_of().condition[4:], (4, 5, 6, 7)),
         objective_for("dit"),
         model.geometry,
         seed=0,
@@ -100,11 +100,11 @@ def test_draws_are_named_by_seed_step_and_global_index() -> None:
 
 def test_label_dropout_uses_the_null_class() -> None:
     model = tiny_model()
-    labels = torch.cat([drawn(model, step=step, dropout=0.25).labels for step in range(50)])
+    labels = torch.cat([drawn(model, step=step, dropout=0.25).condition for step in range(50)])
     share = float((labels == 3).float().mean())
     assert 0.18 < share < 0.32
-    assert torch.equal(drawn(model, dropout=0.0).labels, batch_of().labels)
-    assert drawn(model, dropout=1.0).labels.tolist() == [3] * 8
+    assert torch.equal(drawn(model, dropout=0.0).condition, batch_of().condition)
+    assert drawn(model, dropout=1.0).condition.tolist() == [3] * 8
 
 
 @pytest.mark.parametrize("family", ["dit", "sit"])
@@ -155,7 +155,7 @@ def test_complete_branch_adds_the_static_loss_of_the_same_noisy_batch() -> None:
     assert both.total.item() == pytest.approx(alone.total.item() + control.total.item(), rel=1e-6)
     with torch.no_grad():
         dense, _ = model.denoise(
-            noisy.noisy, noisy.t, noisy.labels, executor=DenseExecutor(), gating=CompleteGating()
+            noisy.noisy, noisy.t, noisy.condition, executor=DenseExecutor(), gating=CompleteGating()
         )
     static = objective_for("dit").losses(dense, noisy.clean, noisy.noise, noisy.t)["loss"].mean()
     assert torch.equal(static, control.terms["denoising"])

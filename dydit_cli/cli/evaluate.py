@@ -1,0 +1,316 @@
+"""`dydit evaluate`: how good are the samples, and how far are they from the static model's?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dydit_cli.cli import console, stage
+from dydit_cli.cli.progress import progress_bar
+from dydit_cli.errors import DyditError
+
+if TYPE_CHECKING:
+    from dydit_cli.evaluation.collecting import Progress
+    from dydit_cli.evaluation.evaluate import Evaluated
+    from dydit_cli.recipe.schema import EvaluateSection
+
+EXAMPLES = (
+    "dydit evaluate runs/t --num-images 2000 --steps 25 --sampler ddim --out runs/e",
+    "dydit evaluate runs/t --against runs/c --num-images 500 --out runs/pairs --fail-if 'psnr<25'",
+    "dydit evaluate samples.npz --extractor pt_inception-2015-12-05-6726825d.pth --reference VIRTUAL_imagenet256_labeled.npz",
+    "dydit evaluate clips/ --videos --reference real-clips/ --extractor weights-inception-2015-12-05-6726825d.pth",
+)
+
+FAILED = 1
+"""Exit code of a run whose condition holds."""
+
+DEFAULT_IMAGES = 1000
+
+
+def evaluate(
+    context: typer.Context,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL | FOLDER | NPZ | RECIPE | KEY=VALUE",
+            help="What to evaluate (a model's folder, a folder of images or frames, an .npz archive), a recipe, and changes to it.",
+            show_default=False,
+            autocompletion=stage.complete_recipe,
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Folder of a model, to sample.", metavar="FOLDER")] = None,
+    samples: Annotated[
+        str | None, typer.Option(help="Folder of images or frames, or .npz.", metavar="PATH")
+    ] = None,
+    videos: Annotated[
+        bool | None,
+        typer.Option(
+            "--videos/--no-videos",
+            help="Folders in a folder are videos, their images the frames.",
+            show_default="no-videos",
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="Statistics (mu, sigma), an .npz, or a folder.",
+            metavar="PATH",
+            show_default="fashion-mnist for its network",
+        ),
+    ] = None,
+    extractor: Annotated[
+        str | None,
+        typer.Option(
+            help="fashion-mnist, or a local Inception weights' file; nothing is downloaded.",
+            metavar="FILE",
+            show_default="auto",
+        ),
+    ] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option(help="Inception's input: tensorflow or pytorch-fid.", show_default="auto"),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Static model or images to pair with, from the same seeds; `static` is the model's own weights, complete.",
+            metavar="PATH",
+            rich_help_panel="Pairs",
+        ),
+    ] = None,
+    yardstick_images: Annotated[
+        int | None,
+        typer.Option(help="Pairs of each yardstick.", show_default="256", rich_help_panel="Pairs"),
+    ] = None,
+    lpips: Annotated[
+        str | None,
+        typer.Option(help="Folder with LPIPS weights.", metavar="FOLDER", rich_help_panel="Pairs"),
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="Folder of a CLIP model.", metavar="FOLDER", rich_help_panel="Pairs")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="A line a class or image.", metavar="FILE", rich_help_panel="Pairs"),
+    ] = None,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Exit with 1 if it holds: psnr<25, ssim.worst<0.8, frechet>30. May be repeated.",
+            metavar="CONDITION",
+            show_default=False,
+        ),
+    ] = None,
+    num_images: Annotated[
+        int | None,
+        typer.Option(
+            help="Images to draw, or to take of a folder.", show_default="1000 of a model, all of a folder"
+        ),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="Labels, used in turn.", metavar="N,N,…", show_default="all", rich_help_panel="Sampling"
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Image i depends on the seed and i alone.", show_default="0", rich_help_panel="Sampling"
+        ),
+    ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="As in dydit sample.", show_default="ddpm or euler", rich_help_panel="Sampling"),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Steps of the sampler.", show_default="50", rich_help_panel="Sampling"),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Classifier-free guidance.", show_default="1.5", rich_help_panel="Sampling"),
+    ] = None,
+    execution: Annotated[
+        str | None,
+        typer.Option(help="compact, dense or static.", show_default="compact", rich_help_panel="Sampling"),
+    ] = None,
+    keep_bias: Annotated[
+        float | None,
+        typer.Option(help="Added to router logits.", show_default="0.0", rich_help_panel="Sampling"),
+    ] = None,
+    vae: Annotated[
+        str | None,
+        typer.Option(
+            help="Local AutoencoderKL, for latent models.", metavar="FOLDER", rich_help_panel="Sampling"
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto", rich_help_panel="Sampling"),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16.", show_default="float32", rich_help_panel="Sampling"
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images in one forward.", show_default="32", rich_help_panel="Sampling")
+    ] = None,
+    statistics: Annotated[
+        bool | None,
+        typer.Option(
+            "--statistics/--no-statistics",
+            help="Also write the samples' mu and sigma, as a reference for others.",
+            show_default="no-statistics",
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; `dydit compare` reads it.")] = None,
+    overwrite: Annotated[
+        bool | None,
+        typer.Option(
+            "--overwrite/--no-overwrite", help="Replace an existing folder.", show_default="no-overwrite"
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Measure how good samples are, and with --against how near a dynamic model stays to its static one.
+
+    Fréchet distance, sFID, KID, inception score, precision and recall, with intervals, from a small Fashion-MNIST network that is
+    shipped, or from a local file of Inception weights. With --against: PSNR, SSIM (LPIPS, CLIP score) of pairs from the same
+    seeds, beside two yardsticks, and sheets of the worst and the median pairs.
+    """
+    from dydit_cli.recipe.schema import EvaluateSection
+
+    _take_subject(context)
+    # An option that may be repeated is an empty list when it is not given.
+    context.params["fail_if"] = context.params["fail_if"] or None
+    request = stage.resolve(context, EvaluateSection)
+    evaluated = evaluate_with_progress(request.section, request.recipe.to_yaml())
+    if json:
+        console.emit_json(evaluated.report.to_json())
+    else:
+        _print(evaluated, request.section)
+    _fail(evaluated)
+
+
+def evaluate_with_progress(section: EvaluateSection, recipe_yaml: str | None = None) -> Evaluated:
+    """Run an evaluation with a progress bar on stderr."""
+    from dydit_cli.evaluation.evaluate import evaluate as run
+    from dydit_cli.evaluation.inputs.model import SamplingSettings
+    from dydit_cli.evaluation.settings import EvaluationSettings
+
+    sampling = SamplingSettings(
+        num_images=section.num_images or DEFAULT_IMAGES,
+        classes=section.classes,
+        steps=section.steps,
+        guidance=section.guidance,
+        guidance_channels=section.guidance_channels,
+        sampler=section.sampler,
+        seed=section.seed,
+        batch_size=section.batch_size,
+        execution=section.execution,
+        keep_bias=section.keep_bias,
+        vae=section.vae,
+        device=section.device,
+        dtype=section.dtype,
+    )
+    settings = EvaluationSettings(
+        sampling=sampling,
+        limit=section.num_images,
+        videos=section.videos,
+        reference=section.reference,
+        extractor=section.extractor,
+        resize=section.resize,
+        against=section.against,
+        yardstick_images=section.yardstick_images,
+        lpips=section.lpips,
+        clip=section.clip,
+        prompts=section.prompts,
+        statistics=section.statistics,
+        fail_if=section.fail_if or (),
+    )
+    with _progress() as on_progress:
+        return run(
+            str(section.samples or section.model),
+            settings,
+            out=section.out,
+            overwrite=section.overwrite,
+            recipe_yaml=recipe_yaml,
+            on_progress=on_progress,
+        )
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar for each thing that is done."""
+    with progress_bar() as progress:
+        tasks = {"": progress.add_task("loading", total=None)}
+
+        def tell(what: str, done: float, total: int) -> None:
+            if what not in tasks:
+                progress.update(tasks[""], visible=False)
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done)
+
+        yield tell
+
+
+def _take_subject(context: typer.Context) -> None:
+    """Turn an argument that is a model, a folder or an archive into the option that it stands for."""
+    from dydit_cli.evaluation.inputs.kinds import is_model
+
+    arguments = list(context.params.get("arguments") or ())
+    named = [each for each in arguments if Path(each).expanduser().is_dir() or each.endswith(".npz")]
+    if not named:
+        return
+    given = [f"--{key}" for key in ("model", "samples") if context.params.get(key) is not None]
+    if len(named) > 1 or given:
+        raise DyditError(
+            f"More than one thing is to be evaluated: {' and '.join([*named, *given])}.",
+            why="An evaluation has one subject; what it is compared with is given as --against or --reference.",
+            fix="Name one; `dydit compare` sets finished evaluations side by side.",
+        )
+    context.params["model" if is_model(Path(named[0]).expanduser()) else "samples"] = named[0]
+    context.params["arguments"] = [each for each in arguments if each != named[0]]
+
+
+def _print(evaluated: Evaluated, section: EvaluateSection) -> None:
+    from dydit_cli.cli.evaluation_tables import facts_table, metrics_table, pairs_table
+
+    report, results = evaluated.report, console.results()
+    results.print(facts_table(report))
+    if report.metrics:
+        results.print()
+        results.print(metrics_table(report))
+    if report.pairs is not None:
+        results.print()
+        results.print(pairs_table(report.pairs))
+    for name, why in report.missing.items():
+        console.note(f"not measured: {name.replace('_', ' ')} ({why})", style="dim")
+    for name, why in (report.pairs.missing if report.pairs else {}).items():
+        console.note(f"not measured: the yardstick '{name}' ({why})", style="dim")
+    for text in report.notes:
+        console.warn(text)
+    if section.out is None:
+        console.note(
+            "nothing was written; pass --out FOLDER to keep it, and `dydit compare FOLDER` to compare."
+        )
+    else:
+        console.say(f"Written to {section.out}: {', '.join(report.files)}")
+
+
+def _fail(evaluated: Evaluated) -> None:
+    """Leave with exit code 1 if a condition holds."""
+    if not evaluated.failures:
+        return
+    for condition, value in evaluated.failures:
+        console.note(
+            f"failed: {condition.key} is {value:.4g}, and the condition is {condition.text}", style="bold red"
+        )
+    raise typer.Exit(FAILED)

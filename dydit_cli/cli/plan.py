@@ -1,0 +1,159 @@
+"""`dydit plan`: what converting and fine-tuning a checkpoint takes, from its header alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dydit_cli.cli import console
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dydit_cli.conversion.pricing import Price
+
+EXAMPLES = (
+    "dydit plan flux1-dev.safetensors",
+    "dydit plan flux1-dev.safetensors --target-ratio 0.7 --json",
+    "dydit plan DiT-XL-2-256x256.pt --family dit",
+)
+
+
+def plan(
+    checkpoint: Annotated[Path, typer.Argument(help="File (.pt, .safetensors) or folder.", metavar="FILE")],
+    family: Annotated[str, typer.Option(help="Name of the family, or auto.")] = "auto",
+    target_ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of attention and MLP MACs that fine-tuning is to leave.", show_default="0.5"
+        ),
+    ] = None,
+    num_heads: Annotated[
+        int | None, typer.Option(help="Attention heads, where the width is not a published one.")
+    ] = None,
+    num_groups: Annotated[
+        int | None, typer.Option(help="Channel groups of the MLP.", show_default="as many as heads")
+    ] = None,
+    axes_dims_rope: Annotated[
+        str | None,
+        typer.Option(
+            help="FLUX whose heads are not of 128 channels: their channels on each rotary axis.",
+            metavar="N,N,N",
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Price a conversion before it is started.
+
+    Reads names and shapes, no weights: seconds for a file of any size. Prints the parameters that routers add, the
+    multiply-accumulates at the target ratio, and what conversion and fine-tuning take of disk and memory.
+    """
+    from dydit_cli.checkpoints import open_checkpoint
+    from dydit_cli.conversion.pricing import price
+    from dydit_cli.families.family import Hints
+
+    hints = Hints(num_heads, num_groups, _numbers(axes_dims_rope))
+    found = price(open_checkpoint(checkpoint.expanduser()), family=family, hints=hints, ratio=target_ratio)
+    if json:
+        console.emit_json(found.as_json())
+        return
+    console.results().print(table(found))
+    console.note(
+        "Memory is that of weights, gradients, optimiser and moving average; activations come on top."
+    )
+    if not found.dynamic:
+        console.note(f"next: dydit convert --checkpoint {checkpoint} --family {found.family} --out runs/c")
+
+
+def table(found: Price) -> Table:
+    """The figures, one a line."""
+    from rich.table import Table
+
+    params, gmacs, sizes = found.params, found.gmacs, found.bytes
+    stored = f", stored as {found.quantisation}" if found.quantisation else ""
+    rows = [
+        ("model", f"{found.family}, {_blocks(found)} of {found.geometry['hidden_size']} channels{stored}"),
+        (
+            "units",
+            f"{found.geometry['num_heads']} heads and {found.geometry['num_groups']} channel groups a block",
+        ),
+        ("input", _input(found)),
+        (
+            "parameters",
+            f"{params['static']:,} + {params['routers']:,} of routers (+{params['routers'] / params['static']:.2%})",
+        ),
+        ("forward pass", f"{_count(gmacs.static)} GMACs of the static model"),
+        (
+            f"at ratio {gmacs.ratio:g}",
+            f"{_count(gmacs.dynamic)} GMACs, {_count(gmacs.routers)} of them for routers ({gmacs.dynamic / gmacs.static:.1%} of "
+            f"the static model); the lowest target is {gmacs.ratio_floor:.3f}",
+        ),
+        (
+            "disk",
+            f"{_size(sizes.source)} of weights read, {_size(sizes.converted)} written by dydit convert",
+        ),
+        ("memory to convert", f"about {_size(sizes.convert_memory)} beside the libraries, tensor by tensor"),
+        ("memory to fine-tune", f"{_size(sizes.train_full)} for all parameters"),
+        (
+            "with TD-LoRA",
+            f"{_size(sizes.train_adapter)}, {params['adapter']:,} parameters "
+            f"({params['adapter'] / params['static']:.2%}) and the routers train",
+        ),
+    ]
+    if sizes.caption:
+        rows.append(
+            (
+                "prepared data",
+                f"{_size(sizes.caption)} a caption and {_size(sizes.sample)} an image in fp32; "
+                f"1,000 captions take {_size(1000 * sizes.caption)}, half of that in bf16",
+            )
+        )
+    grid = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for row in rows:
+        grid.add_row(*row)
+    return grid
+
+
+def _blocks(found: Price) -> str:
+    double = found.geometry.get("num_double")
+    if double is None:
+        return f"{found.geometry['depth']} blocks"
+    return f"{double} + {found.geometry['depth'] - double} blocks"
+
+
+def _input(found: Price) -> str:
+    geometry = found.geometry
+    text = f" and {geometry['text_tokens']} of text" if geometry.get("text_tokens") else ""
+    return (
+        f"{geometry['in_channels']} x {geometry['sample_size']} x {geometry['sample_size']}, "
+        f"{geometry['num_tokens']:,} tokens{text}"
+    )
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _size(count: float) -> str:
+    """Bytes in the unit of disks and hubs: powers of ten."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count / 1e3:.3g} kB"
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    from dydit_cli.errors import DyditError
+
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise DyditError(
+            f"'{text}' is no list of numbers.",
+            why="The channels of a head on each of three rotary axes are expected.",
+            fix="Write it like --axes-dims-rope 16,56,56.",
+        ) from error

@@ -1,0 +1,208 @@
+"""`dydit prepare`: encode pictures and captions once, before training."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dydit_cli.cli import console, stage
+from dydit_cli.cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dydit_cli.preparation.prepare import PrepareReport
+    from dydit_cli.recipe.schema import PrepareSection
+
+EXAMPLES = (
+    "dydit prepare --data photos/ --pipeline FLUX.1-dev --resolution 512,1024 --out runs/cache",
+    "dydit prepare --prompts prompts.txt --count 2000 --pipeline FLUX.1-dev --resolution 1024 --out runs/cache",
+    "dydit prepare --data imagenet/train --vae sd-vae-ft-ema --resolution 256 --mirror --processes 4 --out runs/cache",
+    'dydit prepare --data fashion-mnist-subset --pipeline builtin:flux_fmnist --caption "a {class}" --resolution 28 --out runs/cache',
+)
+
+WHAT, HOW, PLACE = "What is prepared", "How", "Where"
+SHOWN_SIZES = 8
+
+
+def prepare(
+    context: typer.Context,
+    arguments: stage.RecipeArguments = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Pictures: a folder with captions or class folders, webdataset tars, IDX files, or fashion-mnist-subset.",
+            metavar="PATH|NAME",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="No pictures: a file of prompts, one a line, from which the pipeline draws latents.",
+            metavar="FILE",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(help="Latents to draw.", show_default="one a prompt", rich_help_panel=WHAT),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Most pictures, evenly taken.", show_default="all", rich_help_panel=WHAT),
+    ] = None,
+    caption: Annotated[
+        str | None,
+        typer.Option(
+            help='Captions for class folders: "a photo of a {class}"; | separates several.',
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(
+            help="Local FLUX pipeline: its text encoders and vae. Without it, class labels are stored.",
+            metavar="FOLDER",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    vae: Annotated[
+        str | None,
+        typer.Option(help="Local autoencoder, for class labels.", metavar="FOLDER", rich_help_panel=HOW),
+    ] = None,
+    resolution: Annotated[
+        str | None,
+        typer.Option(
+            help="Side in pixels; of several, each picture takes the largest that it fills.",
+            metavar="N,N,…",
+            show_default="256",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    buckets: Annotated[
+        bool | None,
+        typer.Option(
+            "--buckets/--squares",
+            help="Keep the shapes of captioned pictures, or cut squares.",
+            show_default="buckets",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    mirror: Annotated[
+        bool | None,
+        typer.Option(
+            "--mirror/--no-mirror",
+            help="Encode the mirrored pictures as well.",
+            show_default="no-mirror",
+            rich_help_panel=HOW,
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of drawing.", show_default="28", rich_help_panel=HOW)
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Guidance of drawing.", show_default="3.5", rich_help_panel=HOW)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of drawing.", show_default="0", rich_help_panel=HOW)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Pictures in a forward.", show_default="8", rich_help_panel=PLACE)
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(help="Processes that encode pictures.", show_default="1", rich_help_panel=PLACE),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto", rich_help_panel=PLACE),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of text encoders and stored texts.", show_default="float32", rich_help_panel=PLACE
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.", rich_help_panel=PLACE)] = None,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Go on with an unfinished folder.",
+            show_default="no-resume",
+            rich_help_panel=PLACE,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool | None,
+        typer.Option(
+            "--overwrite/--no-overwrite",
+            help="Replace an existing cache.",
+            show_default="no-overwrite",
+            rich_help_panel=PLACE,
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Encode pictures and captions once, before training.
+
+    Pictures become latents (means and log variances), captions embeddings, in shards; `dydit finetune --data` reads the folder. A
+    FLUX model that learns from itself needs no pictures: --prompts lets the pipeline draw them.
+    """
+    from dydit_cli.recipe.schema import PrepareSection
+
+    request = stage.resolve(context, PrepareSection)
+    report = prepare_with_progress(request.section, request.recipe.to_yaml())
+    if json:
+        from dataclasses import asdict
+
+        console.emit_json(asdict(report))
+        return
+    console.results().print(summary(report))
+    console.say(f"Written to {report.out}.")
+    if report.left_out:
+        what = "caption" if report.kind == "texts" else "class"
+        console.warn(
+            f"{report.left_out:,} pictures were left out: they have no {what}, or lie beyond --limit."
+        )
+    console.note(f"next: dydit finetune --model MODEL --data {shlex.quote(report.out)} --out runs/t")
+
+
+def prepare_with_progress(section: PrepareSection, recipe_yaml: str | None = None) -> PrepareReport:
+    """Run a preparation with a progress bar on stderr."""
+    from dydit_cli.preparation.prepare import prepare as run
+
+    with progress_bar() as progress:
+        task = progress.add_task("preparing", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, completed=done, total=total)
+
+        try:
+            return run(section, recipe_yaml=recipe_yaml, on_progress=show)
+        except KeyboardInterrupt:
+            console.note("Stopped; what is encoded stays: the same command with --resume goes on.")
+            raise
+
+
+def summary(report: PrepareReport) -> Table:
+    """The report as a table."""
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    reused = f" ({report.reused:,} of them by an earlier run)" if report.reused else ""
+    mirrored = ", and of their mirror images" if report.mirrored else ""
+    table.add_row("latents", f"{report.samples:,} of {report.channels} channels{mirrored}{reused}")
+    if report.kind == "texts":
+        table.add_row("captions", f"{report.texts:,} distinct")
+    else:
+        table.add_row("classes", f"{len(report.classes)}")
+    sizes = [f"{size} ({count:,})" for size, count in sorted(report.sizes.items(), key=lambda item: -item[1])]
+    rest = f" and {len(sizes) - SHOWN_SIZES} more" if len(sizes) > SHOWN_SIZES else ""
+    table.add_row("sizes in pixels", ", ".join(sizes[:SHOWN_SIZES]) + rest)
+    table.add_row("on disk", f"{report.nbytes / 1e6:,.1f} MB")
+    return table

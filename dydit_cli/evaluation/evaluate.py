@@ -1,0 +1,275 @@
+"""One evaluation: from a model, a folder or an archive to a report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dydit_cli.artifacts import artifact_folder, write_json, write_manifest
+from dydit_cli.artifacts.manifest import device_description, versions
+from dydit_cli.artifacts.writing import refuse_existing
+from dydit_cli.devices import find_device
+from dydit_cli.errors import DyditError
+from dydit_cli.evaluation.collecting import Collected, Progress, collect
+from dydit_cli.evaluation.conditions import Condition, read_condition
+from dydit_cli.evaluation.extractors.choosing import open_extractor
+from dydit_cli.evaluation.extractors.extractor import Extractor
+from dydit_cli.evaluation.extractors.fashion import NAME as FASHION
+from dydit_cli.evaluation.inputs.model import ModelImages, executed_mmacs
+from dydit_cli.evaluation.inputs.opening import open_source
+from dydit_cli.evaluation.inputs.source import ImageSource
+from dydit_cli.evaluation.metrics.measure import Measure, bootstrapped_mean
+from dydit_cli.evaluation.pairs.against import Against, compare_with
+from dydit_cli.evaluation.pairs.sheets import write_sheet
+from dydit_cli.evaluation.reference import Reference, open_reference, write_statistics
+from dydit_cli.evaluation.report import FILE, Cost, EvaluationReport
+from dydit_cli.evaluation.scoring import Scores, score
+from dydit_cli.evaluation.settings import AUTO, EvaluationSettings
+from dydit_cli.randomness import generator
+
+LEAST_IMAGES = 2
+STATISTICS = "statistics.npz"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A report and the conditions that hold, each with the value met."""
+
+    report: EvaluationReport
+    failures: tuple[tuple[Condition, float], ...]
+
+
+def evaluate(
+    subject: str | Path,
+    settings: EvaluationSettings,
+    *,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    recipe_yaml: str | None = None,
+    on_progress: Progress = lambda what, done, total: None,
+) -> Evaluated:
+    """Evaluate a model, a folder of images or an archive.
+
+    Args:
+        subject: Its path.
+        settings: What to measure.
+        out: Folder to write: ``evaluation.json``, sheets of pairs and a manifest; nothing is written without it.
+        overwrite: Replace ``out``.
+        recipe_yaml: The resolved recipe, kept beside the report.
+        on_progress: See `Progress`.
+
+    Raises:
+        DyditError: For what cannot be, before anything is sampled where possible.
+    """
+    started = time.perf_counter()
+    conditions = [read_condition(text) for text in settings.fail_if]
+    _check(settings, conditions, out)
+    if out is not None:
+        refuse_existing(Path(out), overwrite)
+    path, device = Path(subject).expanduser(), find_device(settings.sampling.device)
+    progress = _sampling(on_progress, settings, "images")
+    source = open_source(path, settings.sampling, progress, settings.limit, settings.videos)
+    against = Against.opened(settings, source, device) if settings.against is not None else None
+    extractor, reason = _extractor(settings, source, device)
+    reference_name = settings.reference or (
+        FASHION if extractor is not None and extractor.name == FASHION else None
+    )
+    reference = None
+    if reference_name is not None and extractor is not None:
+        reference = open_reference(reference_name, extractor, on_progress, settings.videos)
+    found = collect(source, extractor, keep_images=against is not None, on_progress=on_progress)
+    scores = _scores(found, extractor, reference, reason)
+    pairs = compare_with(against, found, on_progress) if against is not None else None
+    report = EvaluationReport(
+        name=path.name or str(path),
+        subject=source.describe(),
+        images=found.count * (found.frames or 1),
+        videos=None if found.frames is None else found.count,
+        reference=None if reference is None else reference.facts,
+        extractor=None if extractor is None else extractor.describe(),
+        metrics=scores.values,
+        missing=scores.missing,
+        pairs=None if pairs is None else pairs.report,
+        cost=_cost(source, found),
+        notes=_notes(found, extractor, scores),
+        device=device_description(device),
+        versions=versions(),
+        seconds=time.perf_counter() - started,
+    )
+    if out is not None:
+        with artifact_folder(out, overwrite=overwrite) as folder:
+            files = [FILE]
+            if pairs is not None and against is not None and found.images is not None:
+                names = (report.name, against.name)
+                for title, indices in (("worst", pairs.report.worst), ("median", pairs.report.median)):
+                    files.append(f"{title}_pairs.png")
+                    heading = f"The {title} of {pairs.report.count} pairs"
+                    write_sheet(
+                        folder / files[-1], heading, names, found.images, pairs.images, indices, pairs.values
+                    )
+            if settings.statistics and extractor is not None:
+                files.append(STATISTICS)
+                write_statistics(folder / STATISTICS, found, extractor)
+            report = replace(report, files=files)
+            if recipe_yaml is not None:
+                (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
+            content = report.to_json()
+            write_json(folder / FILE, content)
+            write_manifest(
+                folder,
+                stage="evaluate",
+                settings=_recorded(settings),
+                parent=path if path.is_dir() else None,
+                results={"metrics": content["metrics"], "pairs": content["pairs"]},
+                device=device,
+            )
+    # After the files: what was measured is kept, also where a condition cannot be judged.
+    return Evaluated(report, _failures(conditions, report))
+
+
+def _check(settings: EvaluationSettings, conditions: Sequence[Condition], out: str | Path | None) -> None:
+    if settings.clip is not None and settings.prompts is None:
+        raise DyditError(
+            "A CLIP score needs prompts.",
+            why="It compares images with the texts they were made from.",
+            fix="Pass --prompts FILE, a line for each class or image.",
+        )
+    paired = {name for name in ("lpips", "clip") if getattr(settings, name) is not None}
+    if paired and settings.against is None:
+        raise DyditError(
+            f"--{min(paired)} is given without --against.",
+            why="LPIPS and CLIP scores are measured on pairs.",
+            fix="Pass --against STATIC as well, or leave it out.",
+        )
+    pairwise = [condition for condition in conditions if "." in condition.key]
+    if pairwise and settings.against is None:
+        raise DyditError(
+            f"The condition '{pairwise[0].text}' needs pairs.",
+            why="No --against is given, so that nothing is compared pair by pair.",
+            fix="Pass --against STATIC, a static model or its images from the same seeds.",
+        )
+    optional = {"lpips": settings.lpips, "clip": settings.clip, "clip_against": settings.clip}
+    for condition in conditions:
+        name = condition.key.partition(".")[0]
+        if name in optional and optional[name] is None:
+            option = f"--{name.partition('_')[0]}"
+            raise DyditError(
+                f"The condition '{condition.text}' cannot be judged.",
+                why=f"It is measured with weights of yours, and no {option} is given.",
+                fix=f"Pass {option} FOLDER as well.",
+            )
+    if settings.statistics and out is None:
+        raise DyditError(
+            "The statistics have nowhere to go.",
+            why="They are written into the folder of the evaluation.",
+            fix="Pass --out FOLDER.",
+        )
+
+
+def _extractor(
+    settings: EvaluationSettings, source: ImageSource, device: torch.device
+) -> tuple[Extractor | None, str]:
+    """The network, or None and why there is none; only pairs can be measured then."""
+    if settings.extractor != AUTO:
+        return open_extractor(settings.extractor, settings.resize, device), ""
+    extractor = open_extractor(FASHION, settings.resize, device)
+    try:
+        _probe(source, extractor)
+    except DyditError:
+        if settings.against is None:
+            raise
+        return None, "no --extractor was given, and the Fashion-MNIST network cannot judge these images"
+    return extractor, ""
+
+
+def _probe(source: ImageSource, extractor: Extractor) -> None:
+    """Ask the network for the first image, without sampling a model for it.
+
+    Raises:
+        DyditError: If it cannot take it.
+    """
+    if isinstance(source, ModelImages):
+        geometry = source.model.geometry
+        grey = source.decoder is None and geometry.in_channels == 1
+        shape = (1, geometry.sample_size, geometry.sample_size, 1 if grey else 3)
+        image = torch.zeros(shape, dtype=torch.uint8)
+        # What a model with three channels makes is taken to have colours.
+        image[..., 0] = 0 if grey else 1
+        extractor.features(image)
+        return
+    first = next(source.batches(1)).images
+    extractor.features(first.flatten(0, 1)[:1] if first.ndim == 5 else first)
+
+
+def _scores(
+    found: Collected, extractor: Extractor | None, reference: Reference | None, reason: str
+) -> Scores:
+    if extractor is None:
+        return Scores({}, {"all distances": reason})
+    if found.features is None or len(found.features) < LEAST_IMAGES:
+        raise DyditError(
+            "One image cannot be evaluated.",
+            why="A distance is one between distributions; a covariance needs two images at least.",
+            fix="Evaluate more images; thousands, for a value that others can compare with.",
+        )
+    return score(found, extractor, reference)
+
+
+def _cost(source: ImageSource, found: Collected) -> Cost | None:
+    if not isinstance(source, ModelImages) or found.ratios is None:
+        return None
+    facts = source.describe()
+    ratio = bootstrapped_mean(found.ratios, generator(0, "ratio"))
+    return Cost(
+        parameters=facts["parameters"],
+        static_mmacs=facts["static_mmacs"],
+        mmacs=executed_mmacs(source.model, ratio.value),
+        ratio=ratio,
+        seconds_per_image=_seconds(found.batch_seconds),
+    )
+
+
+def _seconds(batches: Sequence[tuple[float, int]]) -> Measure | None:
+    """Seconds an image, over whole batches of one size; the first batch plans and packs, and is left out where others follow."""
+    if not batches:
+        return None
+    size = batches[0][1]
+    later = [seconds / count for seconds, count in batches[1:] if count == size]
+    if not later:
+        return Measure(sum(seconds for seconds, _ in batches) / sum(count for _, count in batches))
+    return bootstrapped_mean(torch.tensor(later, dtype=torch.float64), generator(0, "seconds"))
+
+
+def _notes(found: Collected, extractor: Extractor | None, scores: Scores) -> list[str]:
+    if extractor is None or found.features is None:
+        return []
+    notes = []
+    size, count = found.features.pooled.shape[1], len(found.features)
+    if scores.values and count < 10 * size:
+        notes.append(
+            f"{count} images for {size} features: distances are biased upwards; compare runs of the same number only."
+        )
+    return notes
+
+
+def _failures(
+    conditions: Sequence[Condition], report: EvaluationReport
+) -> tuple[tuple[Condition, float], ...]:
+    values = report.values()
+    return tuple((condition, values[condition.key]) for condition in conditions if condition.holds(values))
+
+
+def _recorded(settings: EvaluationSettings) -> dict[str, Any]:
+    sampling = vars(settings.sampling) | {"keep_bias": str(settings.sampling.keep_bias)}
+    others = {name: value for name, value in vars(settings).items() if name != "sampling"}
+    return {**sampling, **others, "fail_if": list(settings.fail_if)}
+
+
+def _sampling(on_progress: Progress, settings: EvaluationSettings, what: str) -> Callable[[float], None]:
+    """Progress of a model's own steps, which come many to a batch."""
+    return lambda done: on_progress(what, done, settings.sampling.num_images)

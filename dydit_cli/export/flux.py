@@ -1,0 +1,292 @@
+"""Exports of FLUX, whose weights pass one by one: a pipeline folder, a file with routers, the static model."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from dydit_cli.artifacts import write_json
+from dydit_cli.artifacts.loading import model_folder
+from dydit_cli.checkpoints import open_checkpoint
+from dydit_cli.checkpoints.layout import Rearranged, Rows
+from dydit_cli.checkpoints.lazy import LazyTensors, TensorSpec, lazily
+from dydit_cli.errors import DyditError
+from dydit_cli.export.flat import write_flat
+from dydit_cli.export.flux_card import flux_original_card, flux_pipeline_card, flux_static_card
+from dydit_cli.export.flux_parts import find_parts
+from dydit_cli.export.flux_verify import flux_difference
+from dydit_cli.export.inline import FLUX_ROOTS, inline
+from dydit_cli.export.registration import MODULE
+from dydit_cli.export.report import ExportReport, Progress, Source, report_of, subject_of
+from dydit_cli.export.tensors import Cast, commonest_dtype, write_compared
+from dydit_cli.families.flux import DyFluxTransformer2DModel
+from dydit_cli.families.flux_geometry import FluxGeometry
+from dydit_cli.families.original_flux import is_ours, layout_for_others, to_original
+from dydit_cli.recipe.schema import ExportSection
+
+STREAMED = "rectified-flow"
+"""The objective of the families whose exports are made here."""
+CODE = f"{MODULE}.py"
+FILE = "model.safetensors"
+STATIC_CLASS = "FluxTransformer2DModel"
+SPARE_BYTES = 1 << 20
+
+
+def export_flux(source: Source, settings: ExportSection, folder: Path, say: Progress) -> ExportReport:
+    """Write an export of FLUX into an empty folder.
+
+    Raises:
+        DyditError: For everything that a user can put right.
+    """
+    say("reading the model")
+    with torch.device("meta"):
+        model = DyFluxTransformer2DModel(**_arguments(source))
+    if settings.budget is not None:
+        # No FLUX has budgets; the model says so.
+        model.set_budget(settings.budget)
+    tensors = lazily(open_checkpoint(model_folder(source.path)).tensors)
+    _check_whole(model, tensors, source.path)
+    if settings.format == "diffusers":
+        return _write_pipeline(source, settings, model, tensors, folder, say)
+    _refuse_parts(settings)
+    write = _write_original if settings.format == "original" else _write_static
+    return write(source, settings, model, tensors, folder, say)
+
+
+def pipeline_of(geometry: FluxGeometry, given: str | None) -> str:
+    """Name of diffusers' pipeline that drives a model.
+
+    Args:
+        geometry: Of the model.
+        given: That of the folder which the parts come from: Kontext is built like dev, and only it knows.
+    """
+    if given is not None and given.startswith("Flux") and given in dir(diffusers):
+        return given
+    if not geometry.extra_channels:
+        return "FluxPipeline"
+    return "FluxControlPipeline" if geometry.extra_channels == geometry.in_channels else "FluxFillPipeline"
+
+
+def _write_pipeline(
+    source: Source,
+    settings: ExportSection,
+    model: DyFluxTransformer2DModel,
+    tensors: LazyTensors,
+    folder: Path,
+    say: Progress,
+) -> ExportReport:
+    parts = find_parts(settings.pipeline, settings.vae, model.geometry)
+    written = Cast(tensors, {"*": settings.dtype} if settings.dtype else {})
+    dtype = commonest_dtype(written)
+    _check_space(folder, sum(spec.nbytes for spec in written.specs.values()) + parts.nbytes)
+    say("writing the pipeline")
+    code = inline(FLUX_ROOTS)
+    transformer = folder / "transformer"
+    transformer.mkdir()
+    model.save_config(transformer)
+    write_compared(transformer, written, max_shard_size=settings.max_shard_size)
+    (transformer / CODE).write_text(code, encoding="utf-8")
+    name = pipeline_of(model.geometry, parts.pipeline_class)
+    write_json(
+        folder / "model_index.json",
+        {
+            "_class_name": name,
+            "_diffusers_version": diffusers.__version__,
+            **parts.copy_to(folder, code),
+            "transformer": [MODULE, type(model).__name__],
+        },
+    )
+    say("verifying the pipeline against the model")
+    difference, whole = flux_difference(
+        type(model), _arguments(source), written, transformer, transformer / CODE
+    )
+    subject = subject_of(source, settings, model.geometry, dtype)
+    (folder / "README.md").write_text(flux_pipeline_card(subject, parts, name), encoding="utf-8")
+    notes = []
+    if not whole:
+        notes.append(
+            "All weights were compared with the model's; its outputs with one block of either kind, because the whole model is large."
+        )
+    if parts.missing:
+        advice = "pass them when you load it" + (
+            ", or export with --pipeline FOLDER." if settings.pipeline is None else "."
+        )
+        notes.append(f"The folder has no {', '.join(parts.missing)}: {advice}")
+    if parts.pipeline_class is not None and parts.pipeline_class != name:
+        notes.append(
+            f"The parts come from a {parts.pipeline_class}, which diffusers does not have; the folder is a {name}."
+        )
+    return report_of(source, settings, dtype, difference, needs_vae=parts.vae is None, notes=notes)
+
+
+def _write_original(
+    source: Source,
+    settings: ExportSection,
+    model: DyFluxTransformer2DModel,
+    tensors: LazyTensors,
+    folder: Path,
+    say: Progress,
+) -> ExportReport:
+    if source.config.get("width", "free") == "ordered":
+        raise DyditError(
+            "A model of ordered width cannot be written in the original layout.",
+            why="The names are the authors', whose routers have a row a unit; here a row is a step between two units.",
+            fix="Pass --format diffusers, or --format static for the complete model.",
+        )
+    kept = _without_identity_orders(tensors)
+    ordered = any(key.endswith("_order") for key in kept)
+    renamed = Rearranged(kept, layout_for_others(kept.specs))
+    written = Cast(renamed, {"*": settings.dtype} if settings.dtype else {})
+    dtype = commonest_dtype(written)
+    say(f"writing and comparing {FILE}")
+    write_compared(folder, written, stem=Path(FILE).stem, max_shard_size=None)
+    authors = source.config.get("token_router") == "authors"
+    subject = subject_of(source, settings, model.geometry, dtype)
+    card = flux_original_card(
+        subject, FILE, axes=model.config.axes_dims_rope, authors=authors, ordered=ordered
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    notes = []
+    if ordered:
+        notes.append(
+            "The units keep the order of the static checkpoint and the file says which rank each has; other programs know neither "
+            "that order nor the routers."
+        )
+    return report_of(source, settings, dtype, 0.0, needs_vae=False, notes=notes)
+
+
+def _write_static(
+    source: Source,
+    settings: ExportSection,
+    model: DyFluxTransformer2DModel,
+    tensors: LazyTensors,
+    folder: Path,
+    say: Progress,
+) -> ExportReport:
+    lineage = source.lineage
+    kept: LazyTensors = Rearranged(tensors, {key: (Rows(key),) for key in tensors if not is_ours(key)})
+    single = lineage.layout == "original"
+    if single:
+        kept = Rearranged(kept, to_original(kept.specs))
+    written = Cast(kept, {"*": settings.dtype} if settings.dtype else lineage.dtypes)
+    dtype = commonest_dtype(written)
+    say("writing and comparing the static model")
+    if not single:
+        _write_static_config(model, folder)
+        write_compared(folder, written, max_shard_size=settings.max_shard_size)
+    elif lineage.container == "torch":
+        _check_space(folder, sum(spec.nbytes for spec in written.specs.values()))
+        write_flat(written, folder / "model.pt")
+    else:
+        write_compared(folder, written, stem=Path(FILE).stem, max_shard_size=None)
+    fresh = lineage.base is not None and lineage.steps is None and settings.dtype is None
+    file = None if not single else "model.pt" if lineage.container == "torch" else FILE
+    subject = subject_of(source, settings, model.geometry, dtype)
+    exact = fresh and not lineage.loras and not lineage.quantisation
+    (folder / "README.md").write_text(flux_static_card(subject, file, exact=exact), encoding="utf-8")
+    notes = []
+    if lineage.layout is None:
+        notes.append(
+            "What the source's file looked like is not recorded; the model is written as a folder for diffusers."
+        )
+    if lineage.quantisation:
+        notes.append(
+            f"The source held {lineage.quantisation} numbers; the file holds the {dtype} ones they stand for."
+        )
+    if lineage.steps and set(lineage.dtypes.values()) - {"float32"} and settings.dtype is None:
+        notes.append(
+            "The fine-tuned weights were rounded to the types of the source's file; --dtype float32 keeps them."
+        )
+    return report_of(source, settings, dtype, 0.0, needs_vae=False, notes=notes)
+
+
+def _write_static_config(model: DyFluxTransformer2DModel, folder: Path) -> None:
+    """The ``config.json`` of diffusers' own class.
+
+    Raises:
+        DyditError: If that class has no such model.
+    """
+    static: Any = getattr(diffusers, STATIC_CLASS)
+    geometry = model.geometry
+    if geometry.mlp_hidden != 4 * geometry.hidden_size:
+        raise DyditError(
+            f"diffusers' {STATIC_CLASS} has no MLPs of {geometry.mlp_hidden} channels.",
+            why=f"Its MLPs are four times as wide as the model, which has {geometry.hidden_size} channels.",
+            fix="Pass --format diffusers, whose code is in the folder.",
+        )
+    names = inspect.signature(static.__init__).parameters
+    config = {name: value for name, value in model.config.items() if name in names}
+    with torch.device("meta"):
+        static(**config).save_config(folder)
+
+
+def _arguments(source: Source) -> dict[str, Any]:
+    return {name: value for name, value in source.config.items() if not name.startswith("_")}
+
+
+def _without_identity_orders(tensors: LazyTensors) -> LazyTensors:
+    """Drop the orders that say nothing: rank r is unit r, as in the authors' files."""
+
+    def says_nothing(key: str) -> bool:
+        return key.endswith("_order") and _is_identity(tensors[key])
+
+    return Rearranged(tensors, {key: (Rows(key),) for key in tensors if not says_nothing(key)})
+
+
+def _is_identity(order: Tensor) -> bool:
+    return torch.equal(order, torch.arange(len(order), dtype=order.dtype))
+
+
+def _check_whole(model: DyFluxTransformer2DModel, tensors: LazyTensors, path: Path) -> None:
+    """The stored tensors are those of the configuration.
+
+    Raises:
+        DyditError: If they are not.
+    """
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    found: dict[str, TensorSpec] = tensors.specs
+    wrong = sorted(
+        key
+        for key in expected.keys() | found.keys()
+        if key not in found or key not in expected or found[key].shape != expected[key]
+    )
+    if wrong:
+        raise DyditError(
+            f"The weights in {path} are not those of its config.json.",
+            why=f"{len(wrong)} tensors are missing, left over or of another shape ({', '.join(wrong[:3])}).",
+            fix="Copy the folder again, or run the stage that wrote it again.",
+        )
+
+
+def _refuse_parts(settings: ExportSection) -> None:
+    for option, value, what in (
+        ("--vae", settings.vae, "autoencoder"),
+        ("--pipeline", settings.pipeline, "pipeline"),
+    ):
+        if value:
+            raise DyditError(
+                f"The {settings.format} format takes no {what}.",
+                why="It holds the transformer's weights alone.",
+                fix=f"Leave {option} out, or export with --format diffusers.",
+            )
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    """Raise before writing gigabytes that will not fit.
+
+    Raises:
+        DyditError: If less is free than will be written.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed + SPARE_BYTES:
+        raise DyditError(
+            f"The export needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free.",
+            why="Weights and parts are written whole before anything is replaced.",
+            fix="Free space, choose another --out, or write a smaller type with --dtype bfloat16.",
+        )
