@@ -91,13 +91,3 @@ def _cannot_slice(layer: nn.Module, why: str) -> DyditError:
         why=f"{why}.",
         fix="Merge the adapter or undo what was attached, or call model.set_execution('dense') or ('static').",
     )
-
-
-def require_plain(*layers: nn.Module) -> None:
-    """Raise a `DyditError` unless the weights of ``layers`` are all that they compute with."""
-    for layer in layers:
-        if is_adapted(layer):
-            raise _cannot_slice(
-                layer, "It slices the weights of plain linear layers, and an adapter holds more"
-            )
-        _of_linear(layer)
