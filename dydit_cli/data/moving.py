@@ -1,7 +1,8 @@
 """Garments of Fashion-MNIST that drift over a black canvas and bounce off its edges: videos made from still images.
 
 In the manner of Moving MNIST (Srivastava et al., 2015), with one garment a video, so that the class says all that there is
-to see. A garment is five eighths of the canvas wide: small enough to have somewhere to go, large enough to be recognised.
+to see. A garment is three quarters of the canvas wide and drifts slowly: a small model on a small machine
+learns that; at five eighths and twice the speed its garments could not be told apart after an hour of training.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from dydit_cli.data.source import Draw, VideoGeometry
 from dydit_cli.randomness import uniform
 
 IMAGE_SIZE = 28
-GARMENT_SHARE = 5 / 8
-"""Of the canvas: 20 pixels of 32."""
-SLOWEST, FASTEST = 1 / 32, 5 / 64
-"""Speeds in canvas sides a frame: 1 to 2.5 pixels of 32, hence 7 to 17 over 8 frames, in a range of 12."""
+GARMENT_SHARE = 3 / 4
+"""Of the canvas: 24 pixels of 32."""
+SLOWEST, FASTEST = 1 / 64, 3 / 64
+"""Speeds in canvas sides a frame: 0.5 to 1.5 pixels of 32, hence 3 to 10 over 8 frames, in a range of 8."""
 
 
 @dataclass(frozen=True)

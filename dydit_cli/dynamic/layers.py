@@ -12,13 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def dot_product_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """(B, H, T, C_h) each -> (B, H, T, C_h).
+
+    On a CPU that trains under bf16 autocast the scores are computed in fp32: the backward pass of the fused kernel takes seven
+    times as long in bf16 as in fp32 (short rows, small heads), more than all matrix products of a block together.
+    """
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad:
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(query.float(), key.float(), value.float()).to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value)
+
+
 @dataclass(frozen=True)
 class WholeSequence:
     """All tokens of a sample attend to each other."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(B, H, T, C_h) each -> (B, H, T, C_h)."""
-        return F.scaled_dot_product_attention(query, key, value)
+        return dot_product_attention(query, key, value)
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,7 @@ class WithinFrames:
         apart = (
             part.unflatten(2, (self.frames, -1)).transpose(1, 2).flatten(0, 1) for part in (query, key, value)
         )
-        mixed: Tensor = F.scaled_dot_product_attention(*apart)
+        mixed: Tensor = dot_product_attention(*apart)
         return mixed.unflatten(0, (len(query), self.frames)).transpose(1, 2).flatten(2, 3)
 
 
@@ -58,7 +70,7 @@ class AcrossFrames:
             part.unflatten(2, (self.frames, places)).permute(0, 3, 1, 2, 4).flatten(0, 1)
             for part in (query, key, value)
         )
-        mixed: Tensor = F.scaled_dot_product_attention(*apart)
+        mixed: Tensor = dot_product_attention(*apart)
         # Copied once, in the order in which the output projection reads.
         by_frame = mixed.unflatten(0, (len(query), places)).permute(0, 3, 1, 2, 4)
         return by_frame.flatten(1, 2).transpose(1, 2)
@@ -75,8 +87,9 @@ class DynamicAttention(nn.Module):
 
     Args:
         hidden_size: C.
-        num_heads: H; C must be a multiple of it.
+        num_heads: H; C must be a multiple of it unless ``head_dim`` is given.
         sequences: Which tokens attend to each other.
+        head_dim: C_h; C/H if not given. Of a layer that was pruned, H * C_h is less than C.
 
     Attributes:
         head_order: (H,) int64; ``head_order[r]`` is the stored head of rank r.
@@ -84,13 +97,20 @@ class DynamicAttention(nn.Module):
 
     head_order: Tensor
 
-    def __init__(self, hidden_size: int, num_heads: int, sequences: Sequences = WHOLE) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        sequences: Sequences = WHOLE,
+        head_dim: int | None = None,
+    ) -> None:
         super().__init__()
         self.sequences = sequences
         self.num_heads = num_heads
-        self.head_dim = hidden_size // num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.head_dim = head_dim or hidden_size // num_heads
+        inner = num_heads * self.head_dim
+        self.qkv = nn.Linear(hidden_size, 3 * inner)
+        self.proj = nn.Linear(inner, hidden_size)
         self.register_buffer("head_order", torch.arange(num_heads))
 
     def by_source(self, mask: Tensor) -> Tensor:

@@ -306,11 +306,12 @@ class TestMovingGarments:
         light = (clips + 1).flatten(2).sum(dim=2)
         # The garment stays whole: nothing leaves the canvas.
         assert torch.allclose(light, light[:, :1].expand_as(light), rtol=1e-5)
-        changed = (clips[:, 1:] - clips[:, :-1]).abs().flatten(2).amax(dim=2)
+        # The slowest need two frames for a pixel.
+        changed = (clips[:, 2:] - clips[:, :-2]).abs().flatten(2).amax(dim=2)
         assert float((changed > 0).float().mean()) > 0.95
         rows = torch.arange(32.0)
         middle = ((clips + 1).sum(dim=(2, 3)) * rows).sum(-1) / (clips + 1).sum(dim=(2, 3, 4))
-        assert float((middle.amax(1) - middle.amin(1)).median()) > 3
+        assert float((middle.amax(1) - middle.amin(1)).median()) > 2
 
     def test_a_clip_is_a_function_of_its_number(self) -> None:
         first, again = (open_data("moving-fashion-mnist", geometry=MOVING) for _ in range(2))
@@ -329,8 +330,8 @@ class TestMovingGarments:
             assert float(places.max()) <= 1
             steps = (places[1:] - places[:-1]).abs()
             assert float((steps - torch.tensor(motion.step).abs()).max()) < 1e-6
-            pixels = torch.linalg.norm(torch.tensor(motion.step)) * 12
-            assert 1.0 <= float(pixels) <= 2.5 + 1e-6
+            pixels = torch.linalg.norm(torch.tensor(motion.step)) * 8
+            assert 0.5 <= float(pixels) <= 1.5 + 1e-6
 
     def test_the_model_says_how_many_frames_and_how_large(self) -> None:
         split = open_data("moving-fashion-mnist", geometry=VideoShape(48, 1, 10, 16))

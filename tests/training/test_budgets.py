@@ -113,4 +113,4 @@ def test_feedback_is_kept_in_checkpoints(tmp_path: Path) -> None:
     longer = prepare(
         settings_for(tmp_path, steps=30, checkpoint_every=10, log_every=10, feedback=True, resume=True)
     )
-    assert longer._feedback.offset == offsets[-1]
+    assert longer._measuring.feedback.offset == offsets[-1]
