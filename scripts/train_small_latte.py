@@ -5,7 +5,7 @@
 As Latte's authors do, it starts from a trained DiT: the spatial blocks are those of the shipped DiT, the temporal ones are new,
 with gates of zero, so that the first step makes eight still frames that do not know of each other. `--init random` starts from
 nothing instead. `finetune` has a constant learning rate; the rate falls from phase to phase, each a run of its own that goes on
-from the one before and can be stopped and resumed. Two hours on one CPU core that has nothing else to do
+from the one before and can be stopped and resumed. An hour and a half on one CPU core that has nothing else to do
 and knows bf16.
 """
 
@@ -53,8 +53,8 @@ class Phase:
 PHASES = (
     Phase(1500, 16, 1e-3, 0.995),
     Phase(2500, 16, 1e-3, 0.995),
-    Phase(1000, 16, 4e-4, 0.995),
-    Phase(1000, 16, 1e-4, 0.99),
+    Phase(600, 16, 4e-4, 0.995),
+    Phase(800, 16, 1e-4, 0.99),
 )
 
 
