@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dydit_cli.adapters.td_lora import TDLoraConfig, TDLoraLinear
 from dydit_cli.errors import DyditError
 from dydit_cli.families.dynamic_model import DynamicModel
+from dydit_cli.families.timed_layers import adaptable_layers
 from dydit_cli.randomness import generator
 
 AdapterKind = Literal["lora", "td-lora"]
@@ -45,18 +46,6 @@ class AdapterSettings:
         return (self.alpha if self.alpha is not None else self.rank) / self.rank
 
 
-def adaptable_layers(model: DynamicModel) -> list[str]:
-    """Names of the linear layers whose width is dynamic: q, k, v, output projections and MLPs."""
-    chosen = {
-        id(linear)
-        for block in model.dynamic_blocks
-        for layer, _ in block.sliced_layers()
-        for linear in layer.modules()
-        if isinstance(linear, nn.Linear)
-    }
-    return [name for name, module in model.named_modules() if id(module) in chosen]
-
-
 def attach(model: DynamicModel, settings: AdapterSettings, seed: int = 0) -> DynamicModel:
     """Attach adapters in place; they and the routers are what trains from then on.
 
@@ -74,6 +63,12 @@ def attach(model: DynamicModel, settings: AdapterSettings, seed: int = 0) -> Dyn
             why="A second set would be trained on top of the first, and saved without it.",
             fix="Merge the first one, or start from the model that it was attached to.",
         )
+    if model.config.get("td_lora") is not None:
+        raise DyditError(
+            "The model was trained with TD-LoRA, and takes no further adapters.",
+            why="Its weights follow the timestep already; an adapter would be one to weights that are not there at any timestep.",
+            fix="Start from the model that it was trained from, resume that run with more steps, or use method full.",
+        )
     config = peft_config(settings, adaptable_layers(model), time_channels(model))
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     with torch.no_grad():
@@ -89,9 +84,14 @@ def attach(model: DynamicModel, settings: AdapterSettings, seed: int = 0) -> Dyn
                 drawn = torch.rand(gate.weight.shape, generator=generator(seed, "lora_gate", name))
                 gate.weight.copy_(bound * (2 * drawn - 1))
                 gate.bias.zero_()
-    for parameter in model.router_parameters():
-        parameter.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trains(name))
     return model
+
+
+def trains(name: str) -> bool:
+    """Whether a parameter of a model with adapters trains, by its name: adapters, gates and routers do."""
+    return ".lora_" in name or "_router." in name
 
 
 def peft_config(settings: AdapterSettings, layers: list[str], gate_features: int) -> LoraConfig:

@@ -29,13 +29,16 @@ WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 
 
-def save_adapters(model: DynamicModel, folder: Path, settings: AdapterSettings) -> None:
+def save_adapters(
+    model: DynamicModel, folder: Path, settings: AdapterSettings, base: Mapping[str, str] | None = None
+) -> None:
     """Write the adapters and routers of ``model`` into an existing, empty folder.
 
     Args:
         model: With what `attach` attached.
         folder: Where.
         settings: What was attached.
+        base: What is known of the weights that they belong to, such as their hash.
     """
     layers = dict(adapted_layers(model))
     config = LoraConfig(
@@ -77,6 +80,7 @@ def save_adapters(model: DynamicModel, folder: Path, settings: AdapterSettings) 
         "alpha": settings.scale * settings.rank,
         "experts": settings.experts if settings.kind == "td-lora" else None,
         "family": model.family,
+        **(base or {}),
     }
     (folder / SETTINGS).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 

@@ -3,8 +3,8 @@
     dW(t) = s * (sum_i a_i(t) B_i) A,    a(t) = softmax(gate(E_t)),    s = alpha / r
 
 A is shared and starts as LoRA's does; the N experts B_i start at zero, so that training starts from the base model. E_t is the
-timestep embedding that the width routers read. It reaches a layer as an argument: taken from a context it would be wrong when
-gradient checkpointing replays a block.
+timestep embedding that the width routers read, and reaches a layer as an argument (`dydit_cli/dynamic/timed.py`, which is all that
+executors know of it).
 
 The published description (DyDiT++, arXiv 2504.06803) says that one low-rank matrix is extended to several experts mixed by weights
 computed from the timestep embedding. Which matrix, how the weights are normalised and how many experts there are is ours.
@@ -14,15 +14,16 @@ peft refuses unknown adapter types. What it offers is a LoRA layer of one's own,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
+from dydit_cli.dynamic.timed import TimedFactor, TimedLayer, needed
 from dydit_cli.errors import DyditError
 
 GATE = "lora_gate"
@@ -102,7 +103,7 @@ def no_single_merge() -> DyditError:
     )
 
 
-class TDLoraLinear(LoraLinear):
+class TDLoraLinear(LoraLinear, TimedLayer):
     """A linear layer with TD-LoRA adapters. Its forward takes the timestep embedding beside its input."""
 
     adapter_layer_names = (*LoraLinear.adapter_layer_names, GATE)
@@ -112,28 +113,23 @@ class TDLoraLinear(LoraLinear):
         """peft asks which kind of LoRA an adapter is."""
         return TDLoraVariant()
 
-    def mixture(self, adapter: str, time_embedding: Tensor) -> Tensor:
-        """(B, C) timestep embedding -> (B, N) weights of the experts, in fp32."""
-        gate = cast(nn.Linear, self.lora_gate[adapter])
-        logits = nn.functional.linear(time_embedding.float(), gate.weight.float(), gate.bias.float())
-        return logits.softmax(dim=-1)
+    def factor(self, adapter: str) -> TimedFactor:
+        """What an adapter adds."""
+        gate, scale, experts = (
+            cast(nn.Linear, self.lora_gate[adapter]),
+            self.scaling[adapter],
+            self.experts(adapter),
+        )
+        scaled = experts if scale == 1 else scale * experts
+        return TimedFactor(cast(Tensor, self.lora_A[adapter].weight), scaled, gate.weight, gate.bias)
+
+    def timed_factors(self) -> Sequence[TimedFactor]:
+        """See `TimedLayer`."""
+        return [self.factor(name) for name in self.active_here()]
 
     def experts(self, adapter: str) -> Tensor:
         """(N, out, r)."""
         return cast(Tensor, self.lora_B[adapter].weight).view(-1, self.out_features, self.r[adapter])
-
-    def mixed(self, adapter: str, time_embedding: Tensor) -> Tensor:
-        """s * sum_i a_i(t) B_i of each sample, (B, out, r)."""
-        weights = self.mixture(adapter, time_embedding).to(self.experts(adapter).dtype)
-        return self.scaling[adapter] * torch.einsum("bn,nor->bor", weights, self.experts(adapter))
-
-    def delta(self, time_embedding: Tensor) -> Tensor:
-        """dW(t) of the active adapters at one timestep: (1, C) -> (out, in)."""
-        parts = [
-            self.mixed(name, time_embedding)[0] @ cast(Tensor, self.lora_A[name].weight)
-            for name in self.active_here()
-        ]
-        return torch.stack(parts).sum(dim=0)
 
     def active_here(self) -> list[str]:
         """The adapters that count now."""
@@ -147,9 +143,8 @@ class TDLoraLinear(LoraLinear):
         """
         result: Tensor = self.base_layer(inputs)
         for name in self.active_here():
-            if time_embedding is None:
-                raise TypeError("a layer with TD-LoRA needs the timestep embedding")
             first = self.lora_A[name]
             reduced = first(self.lora_dropout[name](inputs.to(cast(Tensor, first.weight).dtype)))
-            result = result + (reduced @ self.mixed(name, time_embedding).transpose(1, 2)).to(result.dtype)
+            mixed = self.factor(name).mixed(needed(time_embedding))
+            result = result + (reduced @ mixed.transpose(1, 2)).to(result.dtype)
         return result

@@ -130,6 +130,43 @@ class SequentialBlockCost:
 
 
 @dataclass(frozen=True)
+class PrunedBlockCost:
+    """A static block that was cut to a width of its own; everything that is left runs.
+
+    Attributes:
+        tokens: T, of one sample.
+        length: n, tokens that attend to each other.
+        channels: C.
+        inner: Channels inside attention: the heads that are left times their width.
+        mlp_hidden: Hidden channels that are left.
+    """
+
+    tokens: int
+    length: int
+    channels: int
+    inner: int
+    mlp_hidden: int
+
+    @property
+    def complete(self) -> Macs:
+        """See `BlockCost`."""
+        attention = (
+            4.0 * self.tokens * self.channels * self.inner + 2.0 * self.tokens * self.length * self.inner
+        )
+        return Macs(attention, 2.0 * self.tokens * self.channels * self.mlp_hidden)
+
+    def executed(self, routing: BlockRouting) -> Macs:
+        """See `BlockCost`. Masks have no say."""
+        everything = torch.ones(len(routing.heads), device=routing.heads.device)
+        attention, mlp = self.complete
+        return Macs(attention * everything, mlp * everything)
+
+    def floor(self, num_heads: int, num_groups: int) -> float:
+        """See `BlockCost`: nothing can be left out."""
+        return float(sum(self.complete))
+
+
+@dataclass(frozen=True)
 class DoubleBlockCost:
     """A block of two streams: joint attention, then an MLP for each; the tokens of the image's are routed (FLUX).
 

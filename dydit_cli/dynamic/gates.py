@@ -138,6 +138,11 @@ class RoutingNoise:
             heads, groups, *context = (part[:, :, :1].expand_as(part) for part in (heads, groups, *context))
         return cls(heads, groups, tokens, *context)
 
+    def rows(self, rows: slice) -> RoutingNoise:
+        """The noise of some samples."""
+        context = None if self.context_groups is None else self.context_groups[rows]
+        return RoutingNoise(self.heads[rows], self.groups[rows], self.tokens[rows], context)
+
 
 @dataclass(frozen=True)
 class GumbelGating:
@@ -152,15 +157,17 @@ class GumbelGating:
         scale: Of the noise. At 1 a unit is kept with probability sigmoid(logit), the paper's rule; at 0 it is kept where its logit
             is above zero, as at evaluation, with the same straight-through gradient [ours].
         budget: What the routers of a model with budgets are told instead of the model's own.
+        shift: Added to all logits; what a budget comes to, see `BudgetRouter`.
     """
 
     noise: RoutingNoise
     temperature: float = 5.0
     scale: float = 1.0
     budget: float | None = None
+    shift: Tensor | float = 0.0
 
     def _sample(self, logits: Tensor, noise: Tensor) -> Tensor:
-        noisy = logits + self.scale * noise.to(logits.device)
+        noisy = logits + self.shift + self.scale * noise.to(logits.device)
         soft = torch.sigmoid(noisy / self.temperature)
         hard = (noisy > 0).float()
         # Written so that the value is exactly 0 or 1: (hard - soft) + soft would be off by rounding.

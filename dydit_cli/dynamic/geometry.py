@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from dydit_cli.dynamic.costs import LAYERNORM_MACS, BlockCost, SequentialBlockCost, Surroundings
+from dydit_cli.dynamic.costs import (
+    LAYERNORM_MACS,
+    BlockCost,
+    PrunedBlockCost,
+    SequentialBlockCost,
+    Surroundings,
+)
 
 FREQUENCIES = 256
 """Sinusoids of the timestep."""
@@ -32,6 +38,10 @@ class Geometry:
         always_on: Whether the first head and group have no router row.
         num_frames: F of a video model; 0 for images, which have no axis of frames.
         ordered_width: Whether width routers decide how many units are on, not which.
+        width_macs: Of a block's two width routers, where they are not the package's own.
+        block_heads: Of a pruned model, the heads that each block is left with; it has no routers. ``num_heads``, ``num_groups`` and
+            ``mlp_hidden`` are those of the model that it was cut from.
+        block_hidden: Of a pruned model, the hidden channels that each block's MLP is left with.
     """
 
     hidden_size: int
@@ -48,12 +58,20 @@ class Geometry:
     always_on: bool = True
     num_frames: int = 0
     ordered_width: bool = False
+    width_macs: float | None = None
+    block_heads: tuple[int, ...] | None = None
+    block_hidden: tuple[int, ...] | None = None
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
         """Shape of one input: (C_in, h, w), or (F, C_in, h, w) of a video."""
         image = (self.in_channels, self.sample_size, self.sample_size)
         return (self.num_frames, *image) if self.num_frames else image
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether blocks have widths of their own, and no routers."""
+        return self.block_heads is not None
 
     @property
     def has_context(self) -> bool:
@@ -74,6 +92,17 @@ class Geometry:
 
     def block_costs(self) -> tuple[BlockCost, ...]:
         """What each block costs; see `dynamic/costs.py`."""
+        if self.block_heads is not None and self.block_hidden is not None:
+            return tuple(
+                PrunedBlockCost(
+                    self.num_tokens,
+                    self.attention_length(block),
+                    self.hidden_size,
+                    heads * self.head_dim,
+                    hidden,
+                )
+                for block, (heads, hidden) in enumerate(zip(self.block_heads, self.block_hidden, strict=True))
+            )
         return tuple(
             SequentialBlockCost(
                 self.num_tokens, self.attention_length(block), self.hidden_size, self.mlp_hidden
@@ -82,10 +111,13 @@ class Geometry:
         )
 
     def block_router_macs(self) -> tuple[float, ...]:
-        """MACs of each block's three routers, for one sample."""
+        """MACs of each block's three routers, for one sample; 0 for a pruned model, which has none."""
+        if self.is_pruned:
+            return (0.0,) * self.depth
         inner = max(1, self.hidden_size // TOKEN_ROUTER_REDUCTION)
         rows = self.num_heads + self.num_groups + 2 * (int(self.ordered_width) - int(self.always_on))
-        macs = float(self.hidden_size * rows + self.num_tokens * (self.hidden_size * inner + inner))
+        of_width = self.hidden_size * rows if self.width_macs is None else self.width_macs
+        macs = float(of_width + self.num_tokens * (self.hidden_size * inner + inner))
         return (macs,) * self.depth
 
     def surrounding_macs(self, kept: Sequence[float]) -> Surroundings:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dydit_cli.dynamic.timed import through
+
 
 def dot_product_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """(B, H, T, C_h) each -> (B, H, T, C_h).
@@ -112,6 +114,10 @@ class DynamicAttention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * inner)
         self.proj = nn.Linear(inner, hidden_size)
         self.register_buffer("head_order", torch.arange(num_heads))
+
+    def project(self, inputs: Tensor, time_embedding: Tensor | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, 3 * H * C_h): queries, keys and values side by side."""
+        return through(self.qkv, inputs, time_embedding)
 
     def by_source(self, mask: Tensor) -> Tensor:
         """Turn a (B, H) mask by rank into one by stored head."""

@@ -57,6 +57,11 @@ class WidthRouter(nn.Module):
         """Rows of the linear layer."""
         return units - int(always_on)
 
+    @classmethod
+    def macs(cls, hidden_size: int, units: int, always_on: bool) -> float:
+        """Multiply-accumulates of one timestep embedding."""
+        return float(hidden_size * cls.rows(units, always_on))
+
     def reset_parameters(self) -> None:
         """Xavier weights and a bias of 15, so that fine-tuning starts from the complete model."""
         nn.init.xavier_uniform_(self.linear.weight)
@@ -127,20 +132,25 @@ class OrderedChannelRouter(OrderedWidthRouter, ChannelRouter):
     """Ordered width over the channel groups of the MLP."""
 
 
+WIDTHS: dict[str, tuple[type[HeadRouter], type[ChannelRouter]]] = {
+    "free": (HeadRouter, ChannelRouter),
+    "ordered": (OrderedHeadRouter, OrderedChannelRouter),
+}
+"""Classes for heads and groups by name: any set of units (the paper's), or the most important ones; a plug-in adds its own."""
+
+
 def width_routers(width: str) -> tuple[type[HeadRouter], type[ChannelRouter]]:
-    """The classes for heads and groups: ``free`` (any set of units, the paper's) or ``ordered`` (the most important ones).
+    """The classes for heads and groups of a kind of width.
 
     Raises:
-        DyditError: For another name.
+        DyditError: For a name that nobody registered.
     """
-    if width == "free":
-        return HeadRouter, ChannelRouter
-    if width == "ordered":
-        return OrderedHeadRouter, OrderedChannelRouter
+    if width in WIDTHS:
+        return WIDTHS[width]
     raise DyditError(
         f"There is no width called '{width}'.",
-        why="Masks are either any set of units (free) or the most important ones (ordered).",
-        fix=did_you_mean(width, ("free", "ordered")) or "Pass free or ordered.",
+        why=f"It is one of {', '.join(WIDTHS)}, or of a plug-in that is not loaded.",
+        fix=did_you_mean(width, WIDTHS) or "Pass one of these, or the file that it comes from with --plugin.",
     )
 
 
@@ -178,3 +188,18 @@ def shift_routers(model: nn.Module, amount: float) -> None:
     for name, module in model.named_modules():
         if name.endswith("_router"):
             module.shift(amount)
+
+
+@torch.no_grad()
+def keep_everything(model: nn.Module) -> None:
+    """Have all routers keep everything, whatever they are shown.
+
+    For training without them: their start has weights beside a large bias, and a timestep embedding that trains on for thousands
+    of steps outgrows that bias.
+    """
+    for name, module in model.named_modules():
+        if name.endswith("_router"):
+            module.reset_parameters()
+            for layer in module.modules():
+                if isinstance(layer, nn.Linear):
+                    layer.weight.zero_()

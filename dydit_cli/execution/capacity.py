@@ -28,7 +28,7 @@ from dydit_cli.errors import DyditError
 from dydit_cli.execution.compact import CompactExecutor
 from dydit_cli.execution.interface import BlockWidth, DynamicBlock, Modulation, Step, StepRunner, modulate
 from dydit_cli.execution.plan import CompactWidth
-from dydit_cli.execution.slabs import Slice
+from dydit_cli.execution.slices import Slice, closed, entered
 
 ROW_MULTIPLE = 8
 """Capacities are rounded up to a multiple of this, as matrix units like it."""
@@ -65,10 +65,9 @@ def select_rows(keep: Tensor, capacity: int) -> Selection:
     return Selection(index, keep.index_select(0, index), total > capacity)
 
 
-def group_rows(rows: Tensor, weights: Slice) -> Tensor:
-    """(R, C) through the active groups of an MLP."""
-    hidden = F.gelu(F.linear(rows, weights.entry, weights.entry_bias), approximate="tanh")
-    return torch.addmm(weights.leave_bias, hidden, weights.leave)
+def group_rows(inputs: Tensor, weights: Slice, samples: Tensor | None) -> Tensor:
+    """(S, ..., C) through the active groups of an MLP; ``samples`` (S,) says to which sample of the batch each belongs."""
+    return closed(F.gelu(entered(inputs, weights, samples), approximate="tanh"), weights, samples)
 
 
 def update_with_capacity(
@@ -77,6 +76,7 @@ def update_with_capacity(
     modulation: Modulation,
     keep: Tensor,
     capacity: int,
+    samples: Tensor | None,
     weights: Slice,
 ) -> tuple[Tensor, Tensor]:
     """tokens + keep * gate * MLP(modulate(LN(tokens))) for the first ``capacity`` kept tokens, and whether some are missing.
@@ -87,6 +87,7 @@ def update_with_capacity(
         modulation: Each (B, C).
         keep: (B, N) bool.
         capacity: Tokens of the batch that there is room for.
+        samples: (B,) which samples of the whole batch these are; None if they are the batch.
         weights: The active groups.
     """
     batch, length, channels = tokens.shape
@@ -99,18 +100,24 @@ def update_with_capacity(
         modulation.shift.index_select(0, sample),
         modulation.scale.index_select(0, sample),
     )
-    update = modulation.gate.index_select(0, sample) * group_rows(inputs, weights)
+    of_batch = sample if samples is None else samples.index_select(0, sample)
+    update = modulation.gate.index_select(0, sample) * group_rows(inputs, weights, of_batch)
     # Chosen, not multiplied: a token that is not kept may have an update that is not finite.
     after = torch.where(found.valid[:, None], (before + update).to(flat.dtype), before)
     return flat.index_copy(0, found.rows, after).view(batch, length, channels), found.overflow
 
 
 def update_all(
-    block: DynamicBlock, tokens: Tensor, modulation: Modulation, keep: Tensor, weights: Slice
+    block: DynamicBlock,
+    tokens: Tensor,
+    modulation: Modulation,
+    keep: Tensor,
+    samples: Tensor | None,
+    weights: Slice,
 ) -> Tensor:
     """The same with room for all tokens: none is moved, and those that are not kept stay as they were."""
     inputs = modulate(block.norm2(tokens), modulation.shift[:, None], modulation.scale[:, None])
-    update = modulation.gate[:, None] * group_rows(inputs.flatten(0, 1), weights).view(tokens.shape)
+    update = modulation.gate[:, None] * group_rows(inputs, weights, samples)
     return torch.where(keep[:, :, None], (tokens + update).to(tokens.dtype), tokens)
 
 
@@ -211,12 +218,12 @@ class CapacityExecutor(CompactExecutor, StepRunner):
             capacity = overflow.rooms.get(id(block.mlp), 0) if part.rows is None else 0
             capacity = capacity or capacity_of(self.share, kept.numel())
             if capacity < kept.numel():
-                run = partial(update_with_capacity, block, chosen, values, kept, capacity)
+                run = partial(update_with_capacity, block, chosen, values, kept, capacity, part.rows)
                 updated, flag = self._run(block.mlp, part.active, width, run)
                 overflow.flags.append(flag)
             else:
                 updated = self._run(
-                    block.mlp, part.active, width, partial(update_all, block, chosen, values, kept)
+                    block.mlp, part.active, width, partial(update_all, block, chosen, values, kept, part.rows)
                 )
             output = updated if part.rows is None else output.index_copy(0, part.rows, updated)
         return output

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from threading import Lock
 from typing import Any, TypeVar, cast
@@ -39,8 +40,10 @@ from dydit_cli.execution.plan import (
     grouped,
     mixed,
 )
-from dydit_cli.execution.slabs import SlabStore, Slice, SlicedLayer
+from dydit_cli.execution.slabs import SlabStore
+from dydit_cli.execution.slices import Slice, closed, entered
 from dydit_cli.execution.streams_compact import CompactStreams
+from dydit_cli.execution.units import SlicedLayer
 from dydit_cli.execution.watch import Watch
 
 Result = TypeVar("Result")
@@ -131,11 +134,12 @@ class CompactExecutor(CompactStreams):
             if not len(times):
                 self._plan = WidthPlan(gating.keep_bias)
                 return self._plan
-            live = live_widths(blocks, model.router_input(model.embed_time(times)), gating)
+            read = model.router_input(model.embed_time(times))
+            live = live_widths(blocks, read, gating)
             actives = [[active_units(mask.cpu()) for mask in width.masks] for width in live]
             steps = {
                 t: PlannedStep(
-                    tuple(BlockWidth(*(mask[step : step + 1] for mask in width.masks)) for width in live),
+                    tuple(width.row(step) for width in live),
                     tuple(tuple(units[step] for units in active) for active in actives),
                     step,
                 )
@@ -222,6 +226,7 @@ class CompactExecutor(CompactStreams):
     def _remember(
         self,
         timesteps: Sequence[float],
+        time_embedding: Tensor,
         keep_bias: float,
         live: Sequence[BlockWidth],
         actives: Sequence[Sequence[Sequence[tuple[int, ...]]]],
@@ -237,8 +242,10 @@ class CompactExecutor(CompactStreams):
             agreed = all(part[row] == part[first] for parts in actives for part in parts for row in rows)
             # A logit on the fence may fall on either side from row to row: then it is asked again.
             if agreed and plan.step(keep_bias, t) is None:
+                time = time_embedding[first : first + 1].detach().clone()
                 widths = tuple(
-                    BlockWidth(*(mask[first : first + 1].clone() for mask in width.masks)) for width in live
+                    replace(BlockWidth(*(mask[first : first + 1].clone() for mask in width.masks)), time=time)
+                    for width in live
                 )
                 active = tuple(tuple(part[first] for part in parts) for parts in actives)
                 plan.remember(keep_bias, t, PlannedStep(widths, active))
@@ -262,9 +269,12 @@ class CompactExecutor(CompactStreams):
         if plan is not None and watch is not None and isinstance(gating, ThresholdGating) and len(flat):
             plan.count(hit=False)
             if len(watch.roots) > len(blocks):
-                self._remember(timestep.tolist(), gating.keep_bias, live, actives)
+                self._remember(timestep.tolist(), time_embedding, gating.keep_bias, live, actives)
+        # Weights that follow the timestep are merged once where all samples share it.
+        shared = len(timestep) > 0 and bool((timestep == timestep[0]).all())
+        time = time_embedding[:1] if shared else time_embedding
         return [
-            CompactWidth.of(width.masks, [grouped(units, device) for units in active])
+            CompactWidth.of(width.masks, [grouped(units, device) for units in active], time)
             for width, active in zip(live, actives, strict=True)
         ]
 
@@ -275,14 +285,14 @@ class CompactExecutor(CompactStreams):
         width: BlockWidth,
         compute: Callable[[Slice], Result],
     ) -> Result:
-        """Compute with a layer's active weights, which stay where they are meanwhile."""
+        """Compute with a layer's active weights at the width's timesteps, which stay where they are meanwhile."""
         if not isinstance(width, CompactWidth):
             # A width from elsewhere: nobody has looked whether the layer is as it was.
-            return compute(self._store.slice(layer, active))
+            return compute(self._store.slice(layer, active).at(width.time))
         if self._store.moves(layer):
             with self._store.leased(layer, active) as weights:
-                return compute(weights)
-        return compute(self._store.ready(layer, active))
+                return compute(weights.at(width.time))
+        return compute(self._store.ready(layer, active).at(width.time))
 
     def attend(
         self, block: DynamicBlock, tokens: Tensor, modulation: Modulation, width: BlockWidth
@@ -296,7 +306,9 @@ class CompactExecutor(CompactStreams):
         inputs = modulated(block.norm1(tokens), modulation.shift[:, None], modulation.scale[:, None])
         attention = block.attn
         if len(parts) == 1:
-            update = self._run(attention, parts[0].active, width, partial(self._attention, attention, inputs))
+            update = self._run(
+                attention, parts[0].active, width, partial(self._attention, attention, inputs, None)
+            )
         else:
             update = torch.empty_like(inputs)
             for part in parts:
@@ -304,24 +316,25 @@ class CompactExecutor(CompactStreams):
                     attention,
                     part.active,
                     width,
-                    partial(self._attention, attention, inputs[part.rows]),
+                    partial(self._attention, attention, inputs[part.rows], part.rows),
                 )
                 # Under autocast the result may be of a smaller type than the inputs.
                 update[part.rows] = of_part.to(update.dtype)
         return add_gated(tokens, modulation.gate[:, None], update)
 
     @staticmethod
-    def _attention(attention: DynamicAttention, inputs: Tensor, weights: Slice) -> Tensor:
+    def _attention(
+        attention: DynamicAttention, inputs: Tensor, samples: Tensor | None, weights: Slice
+    ) -> Tensor:
         batch, length, channels = inputs.shape
         if not weights.units:
             return weights.leave_bias.expand(batch, length, channels)
-        qkv = F.linear(inputs, weights.entry, weights.entry_bias)
+        qkv = entered(inputs, weights, samples)
         query, key, value = (
             qkv.view(batch, length, weights.units, 3, attention.head_dim).permute(3, 0, 2, 1, 4).unbind(0)
         )
         mixed_heads = attention.sequences.attend(query, key, value)
-        rows = mixed_heads.transpose(1, 2).reshape(batch * length, -1)
-        return torch.addmm(weights.leave_bias, rows, weights.leave).view(batch, length, channels)
+        return closed(mixed_heads.transpose(1, 2).flatten(2), weights, samples)
 
     def select(self, router: TokenRouter, tokens: Tensor, gating: Gating, block: int) -> Tensor:
         """See `Executor`."""
@@ -367,7 +380,7 @@ class CompactExecutor(CompactStreams):
             return output
         if len(flat) == batch * length:
             inputs = modulated(block.norm2(tokens), modulation.shift[:, None], modulation.scale[:, None])
-            update = self._mlp(inputs.flatten(0, 1), weights).view(batch, length, channels)
+            update = self._mlp(inputs, weights, None)
             return add_gated(output, modulation.gate[:, None], update)
         sample = flat // length
         inputs = modulated(
@@ -376,7 +389,7 @@ class CompactExecutor(CompactStreams):
             modulation.scale.index_select(0, sample),
         )
         gate = modulation.gate.index_select(0, sample)
-        update = (gate * self._mlp(inputs, weights)).to(output.dtype)
+        update = (gate * self._mlp(inputs, weights, sample)).to(output.dtype)
         rows = output.flatten(0, 1)
         if torch.is_grad_enabled():
             rows = rows.index_add(0, flat, update)
@@ -385,6 +398,6 @@ class CompactExecutor(CompactStreams):
         return rows.view(batch, length, channels)
 
     @staticmethod
-    def _mlp(rows: Tensor, weights: Slice) -> Tensor:
-        hidden = F.gelu(F.linear(rows, weights.entry, weights.entry_bias), approximate="tanh")
-        return torch.addmm(weights.leave_bias, hidden, weights.leave)
+    def _mlp(inputs: Tensor, weights: Slice, samples: Tensor | None) -> Tensor:
+        hidden = F.gelu(entered(inputs, weights, samples), approximate="tanh")
+        return closed(hidden, weights, samples)

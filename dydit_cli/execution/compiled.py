@@ -34,7 +34,7 @@ from dydit_cli.errors import DyditError
 from dydit_cli.execution.compact import CompactExecutor
 from dydit_cli.execution.interface import BlockWidth, BranchModulation, DynamicBlock, modulate
 from dydit_cli.execution.plan import CompactWidth
-from dydit_cli.execution.slabs import Slice
+from dydit_cli.execution.slices import Slice
 from dydit_cli.execution.static import StaticExecutor
 
 Backend = str | Callable[..., Any]
@@ -88,7 +88,7 @@ def compact_block(
     router: tuple[Tensor, ...],
     offsets: Tensor,
     head_dim: int,
-    eps: float,
+    eps: tuple[float, float],
     sequences: Sequences,
 ) -> tuple[Tensor, Tensor]:
     """A block over its active units and kept tokens.
@@ -102,7 +102,7 @@ def compact_block(
         router: Weight and bias of the token router's two layers.
         offsets: (B, N) fp32, added to the token logits; +-inf imposes a decision.
         head_dim: C_h.
-        eps: Of LayerNorm.
+        eps: Of the LayerNorm before attention, and of the one before the MLP.
         sequences: Which tokens attend to each other; a graph for each kind.
 
     Returns:
@@ -111,7 +111,7 @@ def compact_block(
     batch, length, channels = tokens.shape
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulations.chunk(6, dim=1)
     entry, entry_bias, leave, leave_bias = attention
-    inputs = modulate(F.layer_norm(tokens, (channels,), eps=eps), shift[:, None], scale[:, None])
+    inputs = modulate(F.layer_norm(tokens, (channels,), eps=eps[0]), shift[:, None], scale[:, None])
     heads = entry.shape[0]
     qkv = F.linear(inputs, entry.flatten(0, 1), entry_bias.flatten()).view(batch, length, heads, 3, head_dim)
     query, key, value = qkv.permute(3, 0, 2, 1, 4).unbind(0)
@@ -128,7 +128,7 @@ def compact_block(
     sample = index // length
     before = flat.index_select(0, index)
     rows = modulate(
-        F.layer_norm(before, (channels,), eps=eps),
+        F.layer_norm(before, (channels,), eps=eps[1]),
         mlp_shift.index_select(0, sample),
         mlp_scale.index_select(0, sample),
     )
@@ -144,7 +144,7 @@ def static_block(
     modulations: Tensor,
     weights: tuple[Tensor, ...],
     num_heads: int,
-    eps: float,
+    eps: tuple[float, float],
     sequences: Sequences,
 ) -> Tensor:
     """The complete block in the original's arithmetic.
@@ -154,18 +154,18 @@ def static_block(
         modulations: (B, 6C).
         weights: Weight and bias of qkv, output projection, fc1 and fc2.
         num_heads: H.
-        eps: Of LayerNorm.
+        eps: Of the LayerNorm before attention, and of the one before the MLP.
         sequences: Which tokens attend to each other.
     """
     batch, length, channels = tokens.shape
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulations.chunk(6, dim=1)
     qkv_weight, qkv_bias, proj_weight, proj_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
-    inputs = modulate(F.layer_norm(tokens, (channels,), eps=eps), shift[:, None], scale[:, None])
+    inputs = modulate(F.layer_norm(tokens, (channels,), eps=eps[0]), shift[:, None], scale[:, None])
     qkv = F.linear(inputs, qkv_weight, qkv_bias).view(batch, length, 3, num_heads, -1)
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     mixed = sequences.attend(query, key, value).transpose(1, 2)
-    tokens = tokens + gate[:, None] * F.linear(mixed.reshape(batch, length, channels), proj_weight, proj_bias)
-    inputs = modulate(F.layer_norm(tokens, (channels,), eps=eps), mlp_shift[:, None], mlp_scale[:, None])
+    tokens = tokens + gate[:, None] * F.linear(mixed.flatten(2), proj_weight, proj_bias)
+    inputs = modulate(F.layer_norm(tokens, (channels,), eps=eps[1]), mlp_shift[:, None], mlp_scale[:, None])
     hidden = F.gelu(F.linear(inputs, fc1_weight, fc1_bias), approximate="tanh")
     return tokens + mlp_gate[:, None] * F.linear(hidden, fc2_weight, fc2_bias)
 
@@ -336,6 +336,9 @@ class CompiledCompactExecutor(CompactExecutor, BlockCompiler):
         router = tuple(part for layer in layers for part in (layer.weight, layer.bias))
 
         def with_weights(attention: Slice, mlp: Slice) -> tuple[Tensor, Tensor] | None:
+            # Samples of several timesteps may have weights of their own each.
+            if attention.is_timed or mlp.is_timed:
+                return None
             if not runs_in_a_graph(tokens, values, attention.leave_bias, mlp.leave_bias, *router):
                 return None
             weights = attention_inputs(attention), mlp_inputs(mlp)
@@ -346,7 +349,7 @@ class CompiledCompactExecutor(CompactExecutor, BlockCompiler):
                 router,
                 offsets,
                 block.attn.head_dim,
-                block.norm1.eps,
+                (block.norm1.eps, block.norm2.eps),
                 sequences=block.attn.sequences,
             )
             return found
@@ -397,7 +400,7 @@ class CompiledStaticExecutor(StaticExecutor, BlockCompiler):
             values,
             weights,
             block.attn.num_heads,
-            block.norm1.eps,
+            (block.norm1.eps, block.norm2.eps),
             sequences=block.attn.sequences,
         )
         return None if found is None else (found, self.select(block.token_router, tokens, gating, index))

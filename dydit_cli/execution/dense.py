@@ -38,7 +38,7 @@ class DenseExecutor(DenseStreams):
         """See `Executor`. The bias of the output projection stays, so that slicing gives the same."""
         inputs = modulate(block.norm1(tokens), modulation.shift[:, None], modulation.scale[:, None])
         return tokens + modulation.gate[:, None] * attention_with(
-            block.attn, inputs, block.attn.by_source(width.heads)
+            block.attn, inputs, block.attn.by_source(width.heads), width.time
         )
 
     def select(self, router: TokenRouter, tokens: Tensor, gating: Gating, block: int) -> Tensor:
@@ -50,5 +50,5 @@ class DenseExecutor(DenseStreams):
     ) -> Tensor:
         """See `Executor`."""
         inputs = modulate(block.norm2(tokens), modulation.shift[:, None], modulation.scale[:, None])
-        update = mlp_with(block.mlp, inputs, block.mlp.by_source(width.groups))
+        update = mlp_with(block.mlp, inputs, block.mlp.by_source(width.groups), width.time)
         return tokens + keep.to(tokens.dtype)[:, :, None] * (modulation.gate[:, None] * update)

@@ -1,5 +1,7 @@
 """The weights that a linear layer effectively computes with: its own, and what adapters attached through peft add.
 
+What follows the timestep is not among them; see `dydit_cli/dynamic/timed.py`.
+
 peft is not imported here: layers of its kind exist only where somebody else has.
 """
 
@@ -11,10 +13,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dydit_cli.dynamic.timed import TimedLayer
 from dydit_cli.errors import DyditError
 
 SCALE_DIGITS = 6
 """diffusers multiplies and divides an adapter's scale around each forward, which leaves rounding behind."""
+
+
+class RestoredLayer:
+    """What a linear layer is, beside a module, if its weight is stored in another form, as frozen weights below adapters are."""
+
+    bias: Tensor | None
+
+    def restored_weight(self) -> Tensor:
+        """(out, in)."""
+        raise NotImplementedError
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -51,6 +64,10 @@ def effective(layer: nn.Module) -> tuple[Tensor, Tensor]:
         if held.merged:
             raise _cannot_slice(layer, "Its adapter is merged into the weights and disabled at once")
         return weight, bias
+    if isinstance(layer, TimedLayer):
+        return weight, bias
+    if isinstance(held.base_layer, TimedLayer):
+        raise _cannot_slice(layer, "Its adapter is attached to a layer whose weight follows the timestep")
     lora = sys.modules.get("peft.tuners.lora.layer")
     for name in held.active_adapters:
         if lora is None or not isinstance(layer, lora.Linear):
@@ -66,6 +83,9 @@ def effective(layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _of_linear(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    if isinstance(layer, RestoredLayer):
+        weight = layer.restored_weight()
+        return weight, layer.bias if layer.bias is not None else weight.new_zeros(len(weight))
     if not isinstance(layer, nn.Linear) or not layer.weight.is_floating_point():
         raise _cannot_slice(
             layer, "It slices the weights of linear layers, and an adapter or a quantised layer holds more"

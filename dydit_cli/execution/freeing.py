@@ -7,104 +7,99 @@ would need their values must be refused, because it would get none.
 
 from __future__ import annotations
 
-from functools import singledispatch
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from dydit_cli.dynamic.layers import DynamicAttention, DynamicMlp
 from dydit_cli.errors import DyditError
-from dydit_cli.execution.slabs import FreedWeights, Slabs, SlicedLayer, freed_of, pack
+from dydit_cli.execution.effective import is_adapted
+from dydit_cli.execution.slabs import FreedWeights, freed_of
+from dydit_cli.execution.units import Slabs, SlicedLayer, UnitLayers, from_units, pack, unit_layers
+
+Place = tuple[nn.Module, str]
+"""A module and the name of one of its parameters."""
 
 
-@singledispatch
-def stored_weights(layer: SlicedLayer, slabs: Slabs) -> dict[str, Tensor]:
-    """The inverse of `pack`: what slabs in the order of ranks hold, as stored; each kind of layer registers how.
+def stored_weights(parts: Iterable[tuple[UnitLayers, Slabs]]) -> dict[Place, Tensor]:
+    """The inverse of `pack`: what slabs in the order of ranks hold, as stored.
 
-    Raises:
-        DyditError: For a kind of layer that has not.
+    Parts may share a layer that closes them (each has some of its columns), and together have all of it.
     """
-    raise DyditError(
-        f"The weights of a {type(layer).__qualname__} cannot be freed.",
-        why="Nothing says how they would be put back.",
-        fix="Call model.pack() without free=True.",
-    )
+    found: dict[Place, Tensor] = {}
+    columns: dict[nn.Module, list[tuple[int, Tensor]]] = {}
+    for part, slabs in parts:
+        for layer, rows in zip(part.opening, rows_of_layers(part, slabs.entry), strict=True):
+            found[layer, "weight"] = rows_as_stored(part, rows)
+        for layer, rows in zip(part.opening, rows_of_layers(part, slabs.entry_bias[:, :, None]), strict=True):
+            if layer.bias is not None:
+                found[layer, "bias"] = rows_as_stored(part, rows).squeeze(1)
+        if part.closing is not None:
+            start = 0 if part.columns is None else part.columns.start or 0
+            values = from_units(slabs.leave, part.order).t()
+            columns.setdefault(part.closing, []).append((start, values))
+    for layer, pieces in columns.items():
+        together = [values for _, values in sorted(pieces, key=lambda piece: piece[0])]
+        found[layer, "weight"] = together[0] if len(together) == 1 else torch.cat(together, dim=1)
+    return found
 
 
-@stored_weights.register
-def stored_attention(attention: DynamicAttention, slabs: Slabs) -> dict[str, Tensor]:
-    """qkv and the columns of the output projection."""
-    heads, dim, order = attention.num_heads, attention.head_dim, attention.head_order
-    channels = slabs.entry.shape[2]
-    entry = slabs.entry.view(heads, 3, dim, channels).transpose(0, 1)
-    bias = slabs.entry_bias.view(heads, 3, dim).transpose(0, 1)
-    leave = slabs.leave.permute(2, 0, 1)
-    return {
-        "qkv.weight": torch.empty_like(entry).index_copy_(1, order, entry).reshape(3 * heads * dim, channels),
-        "qkv.bias": torch.empty_like(bias).index_copy_(1, order, bias).reshape(3 * heads * dim),
-        "proj.weight": torch.empty_like(leave).index_copy_(1, order, leave).reshape(-1, heads * dim),
-    }
+def rows_of_layers(part: UnitLayers, rows: Tensor) -> Iterator[Tensor]:
+    """Cut (U, rows, X) into what belongs to each opening layer, which lie side by side in a unit."""
+    heights = [len(layer.get_parameter("weight")) // part.units for layer in part.opening]
+    return iter(rows.split(heights, dim=1))
 
 
-@stored_weights.register
-def stored_mlp(mlp: DynamicMlp, slabs: Slabs) -> dict[str, Tensor]:
-    """fc1 and the columns of fc2."""
-    order = mlp.channel_order
-    entry, bias, leave = slabs.entry.flatten(0, 1), slabs.entry_bias.flatten(), slabs.leave.flatten(0, 1).t()
-    return {
-        "fc1.weight": torch.empty_like(entry).index_copy_(0, order, entry),
-        "fc1.bias": torch.empty_like(bias).index_copy_(0, order, bias),
-        "fc2.weight": torch.empty_like(leave).index_copy_(1, order, leave),
-    }
+def rows_as_stored(part: UnitLayers, rows: Tensor) -> Tensor:
+    """(U, R / U, X) by rank -> (R, X) as an opening layer stores them."""
+    kinds = rows.chunk(part.kinds, dim=1)
+    return torch.cat([from_units(kind.contiguous(), part.order) for kind in kinds])
 
 
-def free_weights(layer: SlicedLayer) -> None:
-    """Pack a layer and give its stored weights back; nothing happens if that was done already.
+def free_weights(layers: Sequence[SlicedLayer]) -> None:
+    """Pack the sliced layers of a block and give their stored weights back; those that are freed already stay so.
+
+    Args:
+        layers: All that share linear layers.
 
     Raises:
         DyditError: If slabs do not hold the stored weights bit for bit, as under an adapter, or if a gradient is wanted.
     """
-    if freed_of(layer) is not None:
-        return
+    layers = [layer for layer in layers if freed_of(layer) is None]
     with torch.inference_mode(False), torch.no_grad():
-        slabs = pack(layer)
-        found = stored_weights(layer, slabs)
-        module = _module(layer)
-        stored = dict(module.named_parameters())
-        for name, tensor in found.items():
-            if name not in stored or not same_bits(tensor, stored[name]):
-                raise DyditError(
-                    "Weights that an adapter changes cannot be freed.",
-                    why="What is packed is not what is stored, so that the stored weights could not be put back.",
-                    fix="Remove the adapter or merge it into the weights first, or call model.pack() without free=True.",
-                )
-        if any(stored[name].requires_grad for name in found):
+        parts = [(unit_layers(layer), pack(layer)) for layer in layers]
+        modules = {
+            module for part, _ in parts for module in (*part.opening, part.closing) if module is not None
+        }
+        if not all(isinstance(module, nn.Linear) and not is_adapted(module) for module in modules):
+            raise _adapted()
+        found = stored_weights(parts)
+        stored = {(module, name): module.get_parameter(name) for module, name in found}
+        if not all(same_bits(tensor, stored[place]) for place, tensor in found.items()):
+            raise _adapted()
+        if any(parameter.requires_grad for parameter in stored.values()):
             raise DyditError(
                 "Weights that are being trained cannot be freed.",
                 why="Their gradients belong to the stored weights.",
                 fix="Call model.requires_grad_(False) first if the model is only to be run.",
             )
-        for name, tensor in found.items():
+        for (module, name), tensor in found.items():
             _put(module, name, torch.empty_like(tensor, device="meta"))
-        module.freed_weights = FreedWeights(  # type: ignore[assignment]
-            slabs,
-            tuple(range(len(slabs.entry))),
-            tuple(found),
-            next(name for name, parameter in module.named_parameters() if parameter is slabs.leave_bias),
-            {name: buffer.clone() for name, buffer in module.named_buffers()},
-        )
+        for layer, (part, slabs) in zip(layers, parts, strict=True):
+            freed = FreedWeights(slabs, tuple(range(part.units)), part, part.order.clone())
+            layer.freed_weights = freed  # type: ignore[attr-defined]
 
 
-def restore_weights(layer: SlicedLayer) -> None:
-    """Put the stored weights of a layer back, bit for bit; nothing happens if they are there."""
-    freed = freed_of(layer)
-    if freed is None:
-        return
+def restore_weights(layers: Sequence[SlicedLayer]) -> None:
+    """Put the stored weights of a block's sliced layers back, bit for bit; nothing happens if they are there."""
+    layers = [layer for layer in layers if freed_of(layer) is not None]
+    held = [freed for layer in layers if (freed := freed_of(layer)) is not None]
     with torch.inference_mode(False), torch.no_grad():
-        module = _module(layer)
-        for name, tensor in stored_weights(layer, freed.by_rank()).items():
+        found = stored_weights((freed.part, freed.by_rank()) for freed in held)
+        for (module, name), tensor in found.items():
             _put(module, name, tensor.contiguous())
-        del module.freed_weights
+        for layer in layers:
+            del layer.freed_weights  # type: ignore[attr-defined]
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -115,12 +110,13 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.contiguous().view(integers), other.contiguous().view(integers))
 
 
-def _module(layer: SlicedLayer) -> nn.Module:
-    if not isinstance(layer, nn.Module):
-        raise TypeError(f"a {type(layer).__qualname__} holds no parameters")
-    return layer
+def _adapted() -> DyditError:
+    return DyditError(
+        "Weights that an adapter changes cannot be freed.",
+        why="What is packed is not what is stored, so that the stored weights could not be put back.",
+        fix="Remove the adapter or merge it into the weights first, or call model.pack() without free=True.",
+    )
 
 
 def _put(module: nn.Module, name: str, values: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=False))
+    setattr(module, name, nn.Parameter(values, requires_grad=False))

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from dydit_cli.dynamic.gates import CompleteGating, Gating, ShiftedTokenGating, ThresholdGating
+from dydit_cli.dynamic.timed import TimedLayer
 from dydit_cli.errors import DyditError
 from dydit_cli.execution.capacity import ROW_MULTIPLE, CapacityExecutor
 from dydit_cli.execution.compact import Result
@@ -40,8 +41,9 @@ from dydit_cli.execution.interface import (
     StepRunner,
 )
 from dydit_cli.execution.plan import CompactWidth, WidthPlan
-from dydit_cli.execution.slabs import Slice, SlicedLayer
+from dydit_cli.execution.slices import Slice
 from dydit_cli.execution.static import StaticExecutor
+from dydit_cli.execution.units import SlicedLayer
 
 Outputs = tuple[Tensor, ...]
 
@@ -387,9 +389,13 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def only_own_layers(model: nn.Module) -> bool:
-    """Whether all layers are torch's or the model's own: another library's may be switched on and off by a Python value."""
+    """Whether all layers are torch's or the model's own: another library's may be switched on and off by a Python value.
+
+    Nor are layers whose weights follow the timestep: a recording serves all timesteps that have its masks.
+    """
     own = type(model).__module__.partition(".")[0]
-    return all(type(module).__module__.partition(".")[0] in ("torch", own) for module in model.modules())
+    known = all(type(module).__module__.partition(".")[0] in ("torch", own) for module in model.modules())
+    return known and not any(isinstance(module, TimedLayer) for module in model.modules())
 
 
 def joined_masks(outputs: Outputs) -> Outputs:

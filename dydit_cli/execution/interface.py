@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from dydit_cli.dynamic.gates import Gating
 from dydit_cli.dynamic.layers import DynamicAttention, DynamicMlp
 from dydit_cli.dynamic.routers import ChannelRouter, HeadRouter, TokenRouter
-from dydit_cli.execution.slabs import SlicedLayer
+from dydit_cli.dynamic.timed import through
+from dydit_cli.execution.units import SlicedLayer
 
 
 @dataclass(frozen=True)
@@ -79,17 +80,25 @@ class BlockWidth:
         heads: (B, H).
         groups: (B, G).
         context_groups: (B, G) of the text stream's own MLP, in blocks that have one.
+        time: (B, C) timestep embeddings that it was decided from, for layers whose weights follow the timestep; one row if all
+            samples share one.
     """
 
     heads: Tensor
     groups: Tensor
     context_groups: Tensor | None = None
+    time: Tensor | None = None
 
     @property
     def masks(self) -> tuple[Tensor, ...]:
         """Those that the block has, in the order of the fields."""
         found = (self.heads, self.groups, self.context_groups)
         return tuple(mask for mask in found if mask is not None)
+
+    def row(self, index: int) -> BlockWidth:
+        """That of one sample, as views."""
+        parts = (self.heads, self.groups, self.context_groups, self.time)
+        return BlockWidth(*(None if part is None else part[index : index + 1] for part in parts))  # type: ignore[arg-type]
 
 
 class RoutedBlock(Protocol):
@@ -230,27 +239,38 @@ class ConditionedModel(Protocol):
         ...
 
 
-def attention_with(attention: DynamicAttention, inputs: Tensor, head_mask: Tensor | None) -> Tensor:
-    """Attention with the stored weights; ``head_mask`` (B, H) by stored head multiplies each head's output if given."""
-    batch, length, channels = inputs.shape
-    qkv = attention.qkv(inputs).view(batch, length, 3, attention.num_heads, attention.head_dim)
+def attention_with(
+    attention: DynamicAttention, inputs: Tensor, head_mask: Tensor | None, time: Tensor | None = None
+) -> Tensor:
+    """Attention with the stored weights; ``head_mask`` (B, H) by stored head multiplies each head's output if given.
+
+    ``time`` is the (B, C) embedding of `BlockWidth`.
+    """
+    batch, length, _ = inputs.shape
+    qkv = attention.project(inputs, time).view(batch, length, 3, attention.num_heads, attention.head_dim)
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     mixed = attention.sequences.attend(query, key, value)
     if head_mask is not None:
         mixed = mixed * head_mask.to(mixed.dtype)[:, :, None, None]
-    projected: Tensor = attention.proj(mixed.transpose(1, 2).reshape(batch, length, channels))
-    return projected
+    return through(attention.proj, mixed.transpose(1, 2).flatten(2), time)
 
 
-def mlp_with(mlp: DynamicMlp, inputs: Tensor, channel_mask: Tensor | None) -> Tensor:
-    """The MLP with the stored weights; ``channel_mask`` (B, mlp_hidden) by stored channel multiplies before GELU if given."""
-    hidden = mlp.fc1(inputs)
+def mlp_with(
+    mlp: DynamicMlp, inputs: Tensor, channel_mask: Tensor | None, time: Tensor | None = None
+) -> Tensor:
+    """The MLP with the stored weights; ``channel_mask`` (B, mlp_hidden) by stored channel multiplies before GELU if given.
+
+    ``time`` is the (B, C) embedding of `BlockWidth`.
+    """
+    hidden = through(mlp.fc1, inputs, time)
     if channel_mask is not None:
         hidden = hidden * channel_mask.to(hidden.dtype)[:, None, :]
-    output: Tensor = mlp.fc2(F.gelu(hidden, approximate="tanh"))
-    return output
+    return through(mlp.fc2, F.gelu(hidden, approximate="tanh"), time)
 
 
 def live_widths(blocks: Sequence[RoutedBlock], time_embedding: Tensor, gating: Gating) -> list[BlockWidth]:
     """Ask every block's width routers."""
-    return [block.decide_width(time_embedding, gating, index) for index, block in enumerate(blocks)]
+    return [
+        replace(block.decide_width(time_embedding, gating, index), time=time_embedding)
+        for index, block in enumerate(blocks)
+    ]

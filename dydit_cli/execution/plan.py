@@ -54,10 +54,12 @@ class CompactWidth(BlockWidth):
         return self.parts[1]
 
     @classmethod
-    def of(cls, masks: Sequence[Tensor], parts: Sequence[tuple[Part, ...]]) -> CompactWidth:
-        """Of masks in the order of `BlockWidth.masks`, and their parts."""
+    def of(
+        cls, masks: Sequence[Tensor], parts: Sequence[tuple[Part, ...]], time: Tensor | None
+    ) -> CompactWidth:
+        """Of masks in the order of `BlockWidth.masks`, their parts, and the `BlockWidth.time` that they were decided from."""
         context = masks[2] if len(masks) > 2 else None
-        return cls(masks[0], masks[1], context, tuple(parts))
+        return cls(masks[0], masks[1], context, time, tuple(parts))
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class PlannedStep:
     """The widths of all blocks at one timestep.
 
     Attributes:
-        widths: Of each block, masks of one row on the model's device.
+        widths: Of each block, masks of one row on the model's device, and the timestep embedding that all of them share.
         active: Of each block, the ranks that are on in each of its masks.
         position: The place in the schedule, or None for a timestep that nobody announced.
     """
@@ -83,6 +85,7 @@ class PlannedStep:
                 CompactWidth.of(
                     [mask.expand(batch, -1) for mask in width.masks],
                     [(Part(units, None),) for units in active],
+                    width.time,
                 )
                 for width, active in zip(self.widths, self.active, strict=True)
             )
@@ -109,10 +112,14 @@ def grouped(actives: Sequence[tuple[int, ...]], device: torch.device) -> tuple[P
 
 def mixed(steps: Sequence[PlannedStep], device: torch.device) -> list[CompactWidth]:
     """The widths of a batch with a planned timestep for each sample."""
+    embedded = [step.widths[0].time for step in steps if step.widths]
+    times = [row for row in embedded if row is not None]
+    time = torch.cat(times) if len(times) == len(steps) else None
     return [
         CompactWidth.of(
             [torch.cat(rows) for rows in zip(*(step.widths[block].masks for step in steps), strict=True)],
             [grouped(units, device) for units in zip(*(step.active[block] for step in steps), strict=True)],
+            time,
         )
         for block in range(len(steps[0].widths))
     ]

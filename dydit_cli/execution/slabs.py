@@ -13,28 +13,19 @@ from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import singledispatch
 from threading import Lock
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from dydit_cli.dynamic.layers import DynamicAttention, DynamicMlp
 from dydit_cli.errors import DyditError
-from dydit_cli.execution.effective import adapter_state, effective
+from dydit_cli.execution.effective import adapter_state
 from dydit_cli.execution.policies import ActiveUnits, Arrangement, LayerSchedule, arrange
+from dydit_cli.execution.slices import Slice, gathered_slice, prefix_slice
+from dydit_cli.execution.units import Slabs, SlicedLayer, UnitLayers, pack, unit_layers, with_timed
 
 Stamp = tuple[Hashable, ...]
-
-
-class SlicedLayer(Protocol):
-    """A module, or a part of modules, whose weights are sliced by unit; `pack` says how."""
-
-    def modules(self) -> Iterator[nn.Module]:
-        """Everything whose own tensors it computes with."""
-        ...
 
 
 def stamp_of(layer: SlicedLayer) -> Stamp:
@@ -64,65 +55,6 @@ def stamp_of(layer: SlicedLayer) -> Stamp:
     )
 
 
-@dataclass(frozen=True)
-class Slabs:
-    """Weights by unit in rank order; the first axis of each is the unit.
-
-    Attributes:
-        entry: (U, rows, C) rows of the layer that opens (qkv or fc1).
-        entry_bias: (U, rows).
-        leave: (U, rows', C) transposed columns of the layer that closes (output projection or fc2).
-        leave_bias: (C,), never sliced.
-    """
-
-    entry: Tensor
-    entry_bias: Tensor
-    leave: Tensor
-    leave_bias: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the sliceable weights."""
-        return sum(part.numel() * part.element_size() for part in (self.entry, self.entry_bias, self.leave))
-
-
-@singledispatch
-def pack(layer: SlicedLayer) -> Slabs:
-    """Pack a layer's weights by unit; each kind of layer whose weights are sliced registers how."""
-    raise TypeError(f"{type(layer).__qualname__} has no units")
-
-
-@pack.register
-def attention_slabs(attention: DynamicAttention) -> Slabs:
-    """Pack attention: entry is [H, 3 * C_h, C] (q, k, v of a head side by side), leave is [H, C_h, C]."""
-    heads, dim, order = attention.num_heads, attention.head_dim, attention.head_order
-    (qkv, qkv_bias), (proj, proj_bias) = effective(attention.qkv), effective(attention.proj)
-    channels = qkv.shape[1]
-    weight = qkv.view(3, heads, dim, channels).index_select(1, order)
-    bias = qkv_bias.view(3, heads, dim).index_select(1, order)
-    leave = proj.view(channels, heads, dim).index_select(1, order)
-    return Slabs(
-        entry=weight.transpose(0, 1).reshape(heads, 3 * dim, channels).contiguous(),
-        entry_bias=bias.transpose(0, 1).reshape(heads, 3 * dim).contiguous(),
-        leave=leave.permute(1, 2, 0).contiguous(),
-        leave_bias=proj_bias,
-    )
-
-
-@pack.register
-def mlp_slabs(mlp: DynamicMlp) -> Slabs:
-    """Pack the MLP: entry is [G, width, C] rows of fc1, leave is [G, width, C] transposed columns of fc2."""
-    groups, width, order = mlp.num_groups, mlp.group_width, mlp.channel_order
-    (fc1, fc1_bias), (fc2, fc2_bias) = effective(mlp.fc1), effective(mlp.fc2)
-    channels = fc1.shape[1]
-    return Slabs(
-        entry=fc1.index_select(0, order).view(groups, width, channels),
-        entry_bias=fc1_bias.index_select(0, order).view(groups, width),
-        leave=fc2.t().index_select(0, order).contiguous().view(groups, width, channels),
-        leave_bias=fc2_bias,
-    )
-
-
 @dataclass
 class FreedWeights:
     """What a layer is left with once its stored weights are given back (`freeing.py`). It stands on the layer itself, so that
@@ -131,91 +63,51 @@ class FreedWeights:
     Attributes:
         slabs: Its weights; the first axis follows ``order``.
         order: The rank at each position.
-        names: Of the parameters that were given back.
-        bias: Name of the one that is never sliced and stays.
-        buffers: The layer's at that time.
+        part: The linear layers at that time.
+        ranks: Which stored head or channel had which rank.
     """
 
     slabs: Slabs
     order: ActiveUnits
-    names: tuple[str, ...]
-    bias: str
-    buffers: dict[str, Tensor]
+    part: UnitLayers
+    ranks: Tensor
 
-    def current(self, layer: nn.Module) -> Slabs:
+    def current(self, layer: SlicedLayer) -> Slabs:
         """The slabs, with the bias that the layer has now.
 
         Raises:
             DyditError: If the layer is not what it was when its weights were given back.
         """
-        parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
-        gone = all(name in parameters and parameters[name].is_meta for name in self.names)
-        same = buffers.keys() == self.buffers.keys() and all(
-            torch.equal(buffer, self.buffers[name]) for name, buffer in buffers.items()
-        )
-        if not gone or not same or self.bias not in parameters:
+        found = unit_layers(layer)
+        opening = zip(found.opening, self.part.opening, strict=True)
+        same = found.closing is self.part.closing and all(now is then for now, then in opening)
+        held = [getattr(now, name, None) for now in found.opening for name in ("weight", "bias")]
+        held.append(getattr(found.closing, "weight", None))
+        gone = all(weight is None or weight.is_meta for weight in held)
+        if not same or not gone or not torch.equal(found.order, self.ranks):
             raise DyditError(
                 "Weights were changed, or an adapter was attached, while the model's stored weights are freed.",
                 why="The packed weights are all there is, and they do not follow.",
                 fix="Call model.unpack() first, then change the model, then model.pack(free=True) again.",
             )
-        return replace(self.slabs, leave_bias=parameters[self.bias])
+        bias = getattr(found.closing, "bias", None)
+        slabs = self.slabs if bias is None else replace(self.slabs, leave_bias=bias)
+        # What follows the timestep was not given back, and may have changed.
+        index = torch.tensor(self.order, device=slabs.entry.device)
+        return with_timed(slabs, found, index)
 
     def by_rank(self) -> Slabs:
         """The slabs in the order of ranks."""
         index = torch.tensor(
             [self.order.index(rank) for rank in range(len(self.order))], device=self.slabs.entry.device
         )
-        held = self.slabs
-        entry, bias, leave = (
-            part.index_select(0, index) for part in (held.entry, held.entry_bias, held.leave)
-        )
-        return replace(held, entry=entry, entry_bias=bias, leave=leave)
+        return self.slabs.map(lambda part: part.index_select(0, index))
 
 
 def freed_of(layer: SlicedLayer) -> FreedWeights | None:
     """What a layer's freed weights became; None if they are where they are stored."""
     found: FreedWeights | None = getattr(layer, "freed_weights", None)
     return found
-
-
-@dataclass(frozen=True)
-class Slice:
-    """The active part of a layer: (k * rows, C), (k * rows,), (k * rows', C), (C,); ``units`` is k."""
-
-    units: int
-    entry: Tensor
-    entry_bias: Tensor
-    leave: Tensor
-    leave_bias: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the sliced weights."""
-        return sum(part.numel() * part.element_size() for part in (self.entry, self.entry_bias, self.leave))
-
-
-def prefix_slice(slabs: Slabs, units: int) -> Slice:
-    """The ``units`` most important units, as views."""
-    return Slice(
-        units,
-        slabs.entry[:units].flatten(0, 1),
-        slabs.entry_bias[:units].flatten(),
-        slabs.leave[:units].flatten(0, 1),
-        slabs.leave_bias,
-    )
-
-
-def gathered_slice(slabs: Slabs, active: tuple[int, ...]) -> Slice:
-    """The units with the ranks ``active``, as a copy."""
-    index = torch.tensor(active, device=slabs.entry.device, dtype=torch.long)
-    return Slice(
-        len(active),
-        slabs.entry.index_select(0, index).flatten(0, 1),
-        slabs.entry_bias.index_select(0, index).flatten(),
-        slabs.leave.index_select(0, index).flatten(0, 1),
-        slabs.leave_bias,
-    )
 
 
 @dataclass
@@ -245,11 +137,6 @@ class Packed:
     def positions(self, active: ActiveUnits) -> ActiveUnits:
         """Where the units lie."""
         return tuple(self.order.index(rank) for rank in active)
-
-    @property
-    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What has a unit axis."""
-        return self.slabs.entry, self.slabs.entry_bias, self.slabs.leave
 
 
 class SlabStore:
@@ -399,7 +286,7 @@ class SlabStore:
             self._forget(id(layer), held.slabs)
             self._moving.discard(id(layer))
         freed = freed_of(layer)
-        slabs = pack(layer) if freed is None or not isinstance(layer, nn.Module) else freed.current(layer)
+        slabs = pack(layer) if freed is None else freed.current(layer)
         order = tuple(range(len(slabs.entry))) if freed is None else freed.order
         packed = Packed(layer, stamp, slabs, order)
         self._packed[id(layer)] = packed
@@ -446,9 +333,8 @@ class SlabStore:
         if packed.targets == arrangement.targets and (packed.targets or packed.order == arrangement.order):
             return
         index = torch.tensor(packed.positions(arrangement.order), device=packed.slabs.entry.device)
-        entry, bias, leave = (weight.index_select(0, index) for weight in packed.weights)
         self.copied_bytes += packed.slabs.nbytes
-        slabs = replace(packed.slabs, entry=entry, entry_bias=bias, leave=leave)
+        slabs = packed.slabs.map(lambda part: part.index_select(0, index))
         self._packed[id(packed.layer)] = Packed(
             packed.layer, packed.stamp, slabs, arrangement.order, arrangement.targets
         )
@@ -463,7 +349,7 @@ class SlabStore:
         device = packed.slabs.entry.device
         into, origin = torch.tensor(changed, device=device), torch.tensor(sources, device=device)
         with torch.inference_mode(False), torch.no_grad():
-            for weight in packed.weights:
+            for weight in packed.slabs.by_units:
                 weight.index_copy_(0, into, weight.index_select(0, origin))
         self.copied_bytes += packed.slabs.nbytes * len(changed) // len(packed.order)
         packed.order = target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -29,14 +30,14 @@ class StaticExecutor(StaticStreams):
         self, blocks: Sequence[RoutedBlock], timestep: Tensor, time_embedding: Tensor, gating: Gating
     ) -> Sequence[BlockWidth]:
         """See `Executor`."""
-        return [block.complete_width(time_embedding) for block in blocks]
+        return [replace(block.complete_width(time_embedding), time=time_embedding) for block in blocks]
 
     def attend(
         self, block: DynamicBlock, tokens: Tensor, modulation: Modulation, width: BlockWidth
     ) -> Tensor:
         """See `Executor`."""
         inputs = modulate(block.norm1(tokens), modulation.shift[:, None], modulation.scale[:, None])
-        return tokens + modulation.gate[:, None] * attention_with(block.attn, inputs, None)
+        return tokens + modulation.gate[:, None] * attention_with(block.attn, inputs, None, width.time)
 
     def select(self, router: TokenRouter, tokens: Tensor, gating: Gating, block: int) -> Tensor:
         """See `Executor`."""
@@ -47,4 +48,4 @@ class StaticExecutor(StaticStreams):
     ) -> Tensor:
         """See `Executor`."""
         inputs = modulate(block.norm2(tokens), modulation.shift[:, None], modulation.scale[:, None])
-        return tokens + modulation.gate[:, None] * mlp_with(block.mlp, inputs, None)
+        return tokens + modulation.gate[:, None] * mlp_with(block.mlp, inputs, None, width.time)

@@ -7,14 +7,16 @@ only. Text is never skipped. A head is one head of both streams.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dydit_cli.dynamic.gates import Gating
+from dydit_cli.dynamic.timed import through
 from dydit_cli.execution.interface import BlockWidth, RoutedBlock
-from dydit_cli.execution.slabs import SlicedLayer
+from dydit_cli.execution.units import SlicedLayer
 
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines of the rotary embedding, each (S, C_h) or (B, S, C_h), of text and then image positions."""
@@ -85,49 +87,44 @@ class SingleBlock(StreamBlock, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class StreamCall:
+    """What a block of either kind is run with.
+
+    Attributes:
+        image: (B, N, C).
+        text: (B, T, C).
+        conditioning: (B, C), of time, guidance and pooled text.
+        rope: Of the positions of text and image.
+        width: Masks of heads, groups and, in a double block, the text's groups.
+        gating: Decides the tokens.
+        index: Number of the block in the model.
+        keywords: diffusers' ``joint_attention_kwargs``; static execution alone understands any.
+    """
+
+    image: Tensor
+    text: Tensor
+    conditioning: Tensor
+    rope: Rope
+    width: BlockWidth
+    gating: Gating
+    index: int
+    keywords: dict[str, Any] | None = None
+
+    def keep(self, router: StreamTokenRouter, image: Tensor, text: Tensor) -> Tensor:
+        """(B, N) mask of the image tokens that are not skipped."""
+        return self.gating.tokens(self.index, router(image, text, self.conditioning))
+
+
 class StreamExecutor(Protocol):
     """Runs whole blocks of either kind."""
 
-    def double(
-        self,
-        block: DoubleBlock,
-        image: Tensor,
-        text: Tensor,
-        conditioning: Tensor,
-        rope: Rope,
-        width: BlockWidth,
-        gating: Gating,
-        index: int,
-        keywords: dict[str, Any] | None = None,
-    ) -> Decided:
-        """Run double block number ``index``.
-
-        Args:
-            block: It.
-            image: (B, N, C).
-            text: (B, T, C).
-            conditioning: (B, C), of time, guidance and pooled text.
-            rope: Of the positions of text and image.
-            width: Masks of heads, groups and the text's groups.
-            gating: Decides the tokens.
-            index: Number of the block in the model.
-            keywords: diffusers' ``joint_attention_kwargs``; static execution alone understands any.
-        """
+    def double(self, block: DoubleBlock, call: StreamCall) -> Decided:
+        """Run a double block."""
         ...
 
-    def single(
-        self,
-        block: SingleBlock,
-        image: Tensor,
-        text: Tensor,
-        conditioning: Tensor,
-        rope: Rope,
-        width: BlockWidth,
-        gating: Gating,
-        index: int,
-        keywords: dict[str, Any] | None = None,
-    ) -> Decided:
-        """Run single block number ``index``; see `double`."""
+    def single(self, block: SingleBlock, call: StreamCall) -> Decided:
+        """Run a single block."""
         ...
 
 
@@ -139,10 +136,9 @@ def rotated(inputs: Tensor, rope: Rope) -> Tensor:
     return (inputs.float() * cosine + turned.float() * sine).to(inputs.dtype)
 
 
-def heads_of(layer: nn.Module, inputs: Tensor, dim: int) -> Tensor:
-    """(B, S, C) -> (B, S, H, C_h), projected."""
-    projected: Tensor = layer(inputs)
-    return projected.unflatten(-1, (-1, dim))
+def heads_of(layer: nn.Module, inputs: Tensor, dim: int, time: Tensor | None) -> Tensor:
+    """(B, S, C) -> (B, S, H, C_h), projected; ``time`` is that of `BlockWidth`."""
+    return through(layer, inputs, time).unflatten(-1, (-1, dim))
 
 
 def by_source(mask: Tensor, order: Tensor) -> Tensor:

@@ -11,24 +11,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dydit_cli.dynamic.gates import Gating
 from dydit_cli.execution.interface import BlockWidth, Modulation, add_gated, modulated
 from dydit_cli.execution.plan import CompactWidth, Part, active_units, grouped
-from dydit_cli.execution.slabs import Slice, SlicedLayer
+from dydit_cli.execution.slices import Slice, closed, entered
 from dydit_cli.execution.streams import (
     Decided,
     DoubleBlock,
-    Rope,
     SingleBlock,
+    StreamCall,
     rotated,
     within_half,
 )
+from dydit_cli.execution.units import SlicedLayer
 
 Outcome = TypeVar("Outcome")
 
@@ -46,19 +46,9 @@ class CompactStreams(ABC):
     ) -> Outcome:
         """Compute with a layer's active weights, which stay where they are meanwhile."""
 
-    def double(
-        self,
-        block: DoubleBlock,
-        image: Tensor,
-        text: Tensor,
-        conditioning: Tensor,
-        rope: Rope,
-        width: BlockWidth,
-        gating: Gating,
-        index: int,
-        keywords: dict[str, Any] | None = None,
-    ) -> Decided:
+    def double(self, block: DoubleBlock, call: StreamCall) -> Decided:
         """See `StreamExecutor`."""
+        image, text, width, conditioning = call.image, call.text, call.width, call.conditioning
         inputs, gate, shift, scale, mlp_gate = block.norm1(image, emb=conditioning)
         text_inputs, text_gate, text_shift, text_scale, text_mlp_gate = block.norm1_context(
             text, emb=conditioning
@@ -68,7 +58,7 @@ class CompactStreams(ABC):
         for part in heads:
             rows = part.rows
             attended = self._joint_attention(
-                block, rows_of(inputs, rows), rows_of(text_inputs, rows), rope, part.active, width
+                block, rows_of(inputs, rows), rows_of(text_inputs, rows), call, part
             )
             if rows is None:
                 update, text_update = attended
@@ -77,13 +67,13 @@ class CompactStreams(ABC):
                 text_update[rows] = attended[1].to(text_update.dtype)
         image = add_gated(image, gate[:, None], update)
         text = add_gated(text, text_gate[:, None], text_update)
-        keep = gating.tokens(index, block.token_router(image, text, conditioning))
+        keep = call.keep(block.token_router, image, text)
 
         text_inputs = modulated(block.norm2_context(text), text_shift[:, None], text_scale[:, None])
         text_update = torch.empty_like(text_inputs)
         for part in text_groups:
             chosen = rows_of(text_inputs, part.rows)
-            updated = self._run(block.text_channels, part.active, width, partial(mlp_rows, chosen))
+            updated = self._run(block.text_channels, part.active, width, partial(mlp_rows, chosen, part.rows))
             if part.rows is None:
                 text_update = updated
             else:
@@ -112,7 +102,7 @@ class CompactStreams(ABC):
             return image
         if len(flat) == kept.numel():
             inputs = modulated(block.norm2(image), values.shift[:, None], values.scale[:, None])
-            update = self._run(block.image_channels, active, width, partial(mlp_rows, inputs))
+            update = self._run(block.image_channels, active, width, partial(mlp_rows, inputs, None))
             return add_gated(image, values.gate[:, None], update)
         sample = flat // image.shape[1]
         rows = image.flatten(0, 1)
@@ -120,7 +110,7 @@ class CompactStreams(ABC):
         inputs = modulated(
             block.norm2(before), values.shift.index_select(0, sample), values.scale.index_select(0, sample)
         )
-        update = self._run(block.image_channels, active, width, partial(mlp_rows, inputs))
+        update = self._run(block.image_channels, active, width, partial(mlp_rows, inputs, sample))
         after = add_gated(before, values.gate.index_select(0, sample), update)
         return replaced(rows, flat, after.to(image.dtype)).view_as(image)
 
@@ -129,25 +119,28 @@ class CompactStreams(ABC):
         block: DoubleBlock,
         image: Tensor,
         text: Tensor,
-        rope: Rope,
-        active: tuple[int, ...],
-        width: BlockWidth,
+        call: StreamCall,
+        part: Part,
     ) -> tuple[Tensor, Tensor]:
         """Updates of image and text, not gated yet; samples that share their heads."""
+        active, samples, width, rope = part.active, part.rows, call.width, call.rope
 
         def with_both(of_text: Slice, of_image: Slice) -> tuple[Tensor, Tensor]:
             if not active:
                 # The biases of the projections stay.
                 return of_image.leave_bias.expand_as(image), of_text.leave_bias.expand_as(text)
             attn, units = block.attn, len(active)
-            query, key, value = projections(image, of_image, 3, attn.head_dim)
-            text_query, text_key, text_value = projections(text, of_text, 3, attn.head_dim)
+            query, key, value = projections(image, of_image, 3, attn.head_dim, samples)
+            text_query, text_key, text_value = projections(text, of_text, 3, attn.head_dim, samples)
             query = rotated(torch.cat([attn.norm_added_q(text_query), attn.norm_q(query)], dim=1), rope)
             key = rotated(torch.cat([attn.norm_added_k(text_key), attn.norm_k(key)], dim=1), rope)
             mixed = block.attend(query, key, torch.cat([text_value, value], dim=1))
             length = text.shape[1]
             of_tokens = mixed.reshape(len(image), -1, units * attn.head_dim).to(query.dtype)
-            return closed(of_tokens[:, length:], of_image), closed(of_tokens[:, :length], of_text)
+            return (
+                closed(of_tokens[:, length:], of_image, samples),
+                closed(of_tokens[:, :length], of_text, samples),
+            )
 
         return self._run(
             block.text_heads,
@@ -156,22 +149,12 @@ class CompactStreams(ABC):
             lambda of_text: self._run(block.image_heads, active, width, partial(with_both, of_text)),
         )
 
-    def single(
-        self,
-        block: SingleBlock,
-        image: Tensor,
-        text: Tensor,
-        conditioning: Tensor,
-        rope: Rope,
-        width: BlockWidth,
-        gating: Gating,
-        index: int,
-        keywords: dict[str, Any] | None = None,
-    ) -> Decided:
+    def single(self, block: SingleBlock, call: StreamCall) -> Decided:
         """See `StreamExecutor`."""
-        keep = gating.tokens(index, block.token_router(image, text, conditioning))
+        image, text, width = call.image, call.text, call.width
+        keep = call.keep(block.token_router, image, text)
         tokens = torch.cat([text, image], dim=1)
-        inputs, gate = block.norm(tokens, emb=conditioning)
+        inputs, gate = block.norm(tokens, emb=call.conditioning)
         length, total = text.shape[1], tokens.shape[1]
         updated = torch.cat([keep.new_ones(len(keep), length), keep], dim=1).bool()
         counts = updated.sum(dim=1).tolist()
@@ -183,12 +166,13 @@ class CompactStreams(ABC):
             if not chosen.samples:
                 continue
             into = flat_inputs if chosen.everything else flat_inputs.index_select(0, chosen.flat)
-            attended = self._attention_of_chosen(block, inputs, into, rope, chosen, active, width)
+            sample = chosen.flat // total
+            attended = self._attention_of_chosen(block, inputs, into, call, chosen, active)
             update = attended + self._run(
-                block.channels, active_groups, width, partial(mlp_rows, into, biased=False)
+                block.channels, active_groups, width, partial(mlp_rows, into, sample, biased=False)
             )
             before = flat_tokens if chosen.everything else flat_tokens.index_select(0, chosen.flat)
-            after = within_half(add_gated(before, gate.index_select(0, chosen.flat // total), update))
+            after = within_half(add_gated(before, gate.index_select(0, sample), update))
             after = after.to(tokens.dtype)
             result = after if chosen.everything else replaced(result, chosen.flat, after)
         tokens = result.view_as(tokens)
@@ -199,21 +183,21 @@ class CompactStreams(ABC):
         block: SingleBlock,
         inputs: Tensor,
         into: Tensor,
-        rope: Rope,
+        call: StreamCall,
         chosen: Chosen,
         active: tuple[int, ...],
-        width: BlockWidth,
     ) -> Tensor:
         """What attention adds to the (R, C) chosen tokens ``into`` of (B, S, C) ``inputs``, bias included."""
-        attn, total = block.attn, inputs.shape[1]
+        attn, total, rope, width = block.attn, inputs.shape[1], call.rope, call.width
+        sample = chosen.flat // total
 
         def with_both(of_all: Slice, of_chosen: Slice) -> Tensor:
             if not active:
                 return of_chosen.leave_bias.expand_as(into)
             samples = inputs if chosen.rows is None else inputs.index_select(0, chosen.rows)
-            key, value = projections(samples, of_all, 2, attn.head_dim)
+            key, value = projections(samples, of_all, 2, attn.head_dim, chosen.rows)
             key = rotated(attn.norm_k(key), rope)
-            (query,) = projections(into, of_chosen, 1, attn.head_dim)
+            (query,) = projections(into, of_chosen, 1, attn.head_dim, sample)
             places = chosen.flat % total
             query = rotated(attn.norm_q(query), (rope[0][places], rope[1][places]))
             mixed, start = [], 0
@@ -224,7 +208,7 @@ class CompactStreams(ABC):
                 mixed.append(block.attend(of_segment, keys, values).flatten(0, 1))
                 start = end
             together = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
-            return closed(together.flatten(1).to(query.dtype), of_chosen)
+            return closed(together.flatten(1).to(query.dtype), of_chosen, sample)
 
         return self._run(
             block.keys_values,
@@ -310,22 +294,17 @@ def only_rows(mask: Tensor, rows: Tensor) -> Tensor:
     return kept
 
 
-def projections(inputs: Tensor, weights: Slice, kinds: int, dim: int) -> tuple[Tensor, ...]:
-    """(..., C) -> ``kinds`` times (..., k, C_h); they lie side by side in each head's rows."""
-    projected = F.linear(inputs, weights.entry, weights.entry_bias)
-    return projected.unflatten(-1, (weights.units, kinds, dim)).unbind(-2)
+def projections(
+    inputs: Tensor, weights: Slice, kinds: int, dim: int, samples: Tensor | None
+) -> tuple[Tensor, ...]:
+    """(S, ..., C) -> ``kinds`` times (S, ..., k, C_h), which lie side by side in each head's rows; ``samples`` as in `entered`."""
+    return entered(inputs, weights, samples).unflatten(-1, (weights.units, kinds, dim)).unbind(-2)
 
 
-def closed(inputs: Tensor, weights: Slice) -> Tensor:
-    """(..., rows') -> (..., C), with the bias."""
-    rows = inputs.flatten(0, -2)
-    return torch.addmm(weights.leave_bias, rows, weights.leave).unflatten(0, inputs.shape[:-1])
-
-
-def mlp_rows(inputs: Tensor, weights: Slice, biased: bool = True) -> Tensor:
-    """(..., C) -> (..., C) through the active groups."""
-    hidden = F.gelu(F.linear(inputs, weights.entry, weights.entry_bias), approximate="tanh")
-    return closed(hidden, weights) if biased else hidden @ weights.leave
+def mlp_rows(inputs: Tensor, samples: Tensor | None, weights: Slice, biased: bool = True) -> Tensor:
+    """(S, ..., C) -> (S, ..., C) through the active groups; ``samples`` as in `entered`."""
+    hidden = F.gelu(entered(inputs, weights, samples), approximate="tanh")
+    return closed(hidden, weights, samples, biased)
 
 
 def replaced(rows: Tensor, index: Tensor, values: Tensor) -> Tensor:

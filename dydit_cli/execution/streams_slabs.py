@@ -10,11 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from dydit_cli.execution.effective import effective
-from dydit_cli.execution.slabs import Slabs, pack
+from dydit_cli.execution.units import UnitLayers, unit_layers
 
 
 @dataclass(frozen=True)
@@ -106,23 +104,8 @@ def single_channels(block: Any) -> PartLayers:
     return PartLayers(block, block.channel_order, (block.proj_mlp,), block.proj_out, columns)
 
 
-@pack.register
-def part_slabs(part: BlockPart) -> Slabs:
-    """Pack a part: entry is [U, rows, C], the rows of its layers in a unit side by side; leave is [U, rows', C] or has no rows."""
+@unit_layers.register
+def units_of_part(part: BlockPart) -> UnitLayers:
+    """Heads or groups of a part."""
     layers = part.layers
-    opened = [effective(layer) for layer in layers.opening]
-    entry = torch.cat([by_unit(weight, layers.order, part.units) for weight, _ in opened], dim=1)
-    biases = [by_unit(bias[:, None], layers.order, part.units).squeeze(2) for _, bias in opened]
-    if layers.closing is None:
-        leave, leave_bias = entry.new_empty(part.units, 0, entry.shape[2]), entry.new_zeros(entry.shape[2])
-    else:
-        weight, leave_bias = effective(layers.closing)
-        columns = weight if layers.columns is None else weight[:, layers.columns]
-        leave = by_unit(columns.t(), layers.order, part.units)
-    return Slabs(entry, torch.cat(biases, dim=1), leave, leave_bias)
-
-
-def by_unit(rows: Tensor, order: Tensor, units: int) -> Tensor:
-    """(R, C) stored rows -> (U, R / U, C) by rank; ``order`` names heads of several rows or single rows."""
-    grouped = rows.reshape(len(order), -1, rows.shape[1]).index_select(0, order)
-    return grouped.view(units, -1, rows.shape[1])
+    return UnitLayers(part.units, layers.order, layers.opening, layers.closing, columns=layers.columns)

@@ -6,19 +6,28 @@ masks; both come from outside.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import ClassVar, cast
+from inspect import signature
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from dydit_cli.dynamic.budget import BudgetRouter, check_budgets
-from dydit_cli.dynamic.gates import Gating, GumbelGating, ShiftedTokenGating, ThresholdGating
+from dydit_cli.dynamic.budget import BudgetRouter, Told, check_budgets
+from dydit_cli.dynamic.gates import (
+    FrozenWidthGating,
+    Gating,
+    GumbelGating,
+    ShiftedTokenGating,
+    ThresholdGating,
+)
 from dydit_cli.dynamic.geometry import Geometry
 from dydit_cli.dynamic.layers import WHOLE, Sequences
+from dydit_cli.dynamic.routers import width_routers
 from dydit_cli.dynamic.routing import Routing
 from dydit_cli.errors import DyditError
 from dydit_cli.execution import (
@@ -31,6 +40,7 @@ from dydit_cli.execution import (
     step_runner,
 )
 from dydit_cli.families.blocks import (
+    NORM_EPS,
     DynamicDiTBlock,
     FinalLayer,
     LabelEmbedder,
@@ -38,6 +48,7 @@ from dydit_cli.families.blocks import (
     TimestepEmbedder,
 )
 from dydit_cli.families.dynamic_model import DynamicModel, routed
+from dydit_cli.families.pruned_blocks import PrunedDiTBlock, check_pruned
 from dydit_cli.randomness import normal
 
 
@@ -60,6 +71,11 @@ class DynamicTransformer(DynamicModel):
         width: Which masks heads and groups have: ``free`` (any, the paper's) or ``ordered`` (the most important units).
         budgets: Least and largest ratio that the routers serve, where they are told one; None for those that know one alone.
         default_budget: The ratio of a model that is not told.
+        block_heads: Of a pruned model, the heads that each block is left with; such a model is static and has no routers.
+        block_hidden: Of a pruned model, the hidden channels that each block's MLP is left with.
+        td_lora: ``rank`` and ``experts`` of a model whose weights follow the timestep; see `insert_timed_layers`.
+        frequency_shift: Of the timestep's sinusoids: 0 in the original files, 1 in diffusers' DiT; see `TimestepEmbedder`.
+        mlp_norm_eps: Of the LayerNorm before the MLP: 1e-6 in the original files, 1e-5 in most of diffusers'.
 
     Raises:
         DyditError: If the numbers do not fit together.
@@ -86,6 +102,11 @@ class DynamicTransformer(DynamicModel):
         width: str = "free",
         budgets: Sequence[float] | None = None,
         default_budget: float | None = None,
+        block_heads: Sequence[int] | None = None,
+        block_hidden: Sequence[int] | None = None,
+        td_lora: Mapping[str, Any] | None = None,
+        frequency_shift: float = 0.0,
+        mlp_norm_eps: float = NORM_EPS,
     ) -> None:
         super().__init__()
         mlp_hidden = mlp_hidden_size or 4 * hidden_size
@@ -93,6 +114,9 @@ class DynamicTransformer(DynamicModel):
         check_divides("attention heads", num_attention_heads, "hidden size", hidden_size)
         check_divides("channel groups", groups, "MLP's hidden size", mlp_hidden)
         check_divides("patch size", patch_size, "sample size", sample_size)
+        pruned = check_pruned(
+            block_heads, block_hidden, depth=num_layers, num_heads=num_attention_heads, mlp_hidden=mlp_hidden
+        )
         computed = 2 * in_channels if learn_sigma else in_channels
         places = (sample_size // patch_size) ** 2
         self.register_to_config(
@@ -113,24 +137,18 @@ class DynamicTransformer(DynamicModel):
             always_on=always_on,
             num_frames=self.num_frames,
             ordered_width=width == "ordered",
+            width_macs=macs_of_width(width, hidden_size, num_attention_heads, groups, always_on),
+            block_heads=pruned and pruned[0],
+            block_hidden=pruned and pruned[1],
         )
         self.x_embedder = PatchEmbedder(in_channels, hidden_size, patch_size)
-        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size, frequency_shift)
         self.y_embedder = self.make_label_embedder(num_classes, hidden_size)
         # A parameter without gradient, as in the original: it is part of its files.
         self.pos_embed = nn.Parameter(torch.zeros(1, places, hidden_size), requires_grad=False)
-        self.blocks = nn.ModuleList(
-            DynamicDiTBlock(
-                hidden_size,
-                num_attention_heads,
-                mlp_hidden,
-                groups,
-                always_on,
-                self.sequences_of(index),
-                width,
-            )
-            for index in range(num_layers)
-        )
+        self.blocks = nn.ModuleList(self._make_block(index, width) for index in range(num_layers))
+        for block in self.dynamic_blocks:
+            block.norm2.eps = mlp_norm_eps
         self.final_layer = FinalLayer(hidden_size, patch_size, computed)
         self.budget_router: BudgetRouter | None = None
         self.budget = default_budget
@@ -138,6 +156,35 @@ class DynamicTransformer(DynamicModel):
             self.budget_router = BudgetRouter(*check_budgets(budgets), hidden_size, num_layers)
         self.gradient_checkpointing = False
         self.begin_dynamic()
+
+    def _make_block(self, index: int, width: str) -> nn.Module:
+        geometry, sequences = self.geometry, self.sequences_of(index)
+        if geometry.block_heads is not None and geometry.block_hidden is not None:
+            return PrunedDiTBlock(
+                geometry.hidden_size,
+                geometry.head_dim,
+                geometry.block_heads[index],
+                geometry.block_hidden[index],
+                geometry.num_heads,
+                geometry.num_groups,
+                sequences,
+            )
+        return DynamicDiTBlock(
+            geometry.hidden_size,
+            geometry.num_heads,
+            geometry.mlp_hidden,
+            geometry.num_groups,
+            geometry.always_on,
+            sequences,
+            width,
+        )
+
+    def register_to_config(self, **values: Any) -> None:
+        """As diffusers does, without arguments of this backbone that a family with a constructor of its own does not take."""
+        taken, ours = (set(signature(cls.__init__).parameters) for cls in (type(self), DynamicTransformer))
+        super().register_to_config(
+            **{name: value for name, value in values.items() if name in taken or name not in ours}
+        )
 
     # ------------------------------------------------------------------ what a family may change
 
@@ -183,9 +230,24 @@ class DynamicTransformer(DynamicModel):
         """Turn the final layer's channels into what the caller expects."""
         return sample
 
+    def make_executor(self, name: str, compile: bool = False) -> Executor:  # noqa: A002
+        """See `DynamicModel`."""
+        if compile:
+            self._refuse_pruned(name, "compiled blocks")
+        return super().make_executor(name, compile)
+
     def make_step_runner(self, name: str, graphs: bool, token_capacity: float | None) -> Executor:
         """See `DynamicModel`."""
+        self._refuse_pruned(name, "CUDA graphs or a token capacity")
         return step_runner(name, graphs, token_capacity)
+
+    def _refuse_pruned(self, execution: str, what: str) -> None:
+        if self.geometry.is_pruned and execution == "compact":
+            raise DyditError(
+                f"A pruned model does not run compactly with {what}.",
+                why="It is static, so that compact execution has nothing to leave out.",
+                fix="Choose static execution.",
+            )
 
     # ------------------------------------------------------------------ what plans ask
 
@@ -208,18 +270,22 @@ class DynamicTransformer(DynamicModel):
     def router_input(self, time_embedding: Tensor) -> Tensor:
         """See `DynamicModel`."""
         told = self._told(None)
-        return time_embedding if told is None else time_embedding + told[0]
+        return time_embedding if told is None else time_embedding + told.embedding
 
-    def _told(self, gating: Gating | None) -> tuple[Tensor, Tensor] | None:
-        """What the budget says to the routers, see `BudgetRouter`; None without budgets."""
+    @property
+    def budget_shift(self) -> float:
+        """See `DynamicModel`."""
+        told = self._told(None)
+        return 0.0 if told is None else float(told.shift.detach())
+
+    def _told(self, gating: Gating | None) -> Told | None:
+        """What the budget says to the routers; None without budgets."""
         if self.budget_router is None:
             return None
-        if isinstance(gating, GumbelGating) and gating.budget is not None:
-            # In training an input is what is asked for; what comes of it is only known at the end.
-            told: tuple[Tensor, Tensor] = self.budget_router(gating.budget)
-            return told
         wanted = self.budget if self.budget is not None else self.budget_router.high
-        told = self.budget_router(self.budget_router.input_for(wanted))
+        if isinstance(gating, GumbelGating) and gating.budget is not None:
+            wanted = gating.budget
+        told: Told = self.budget_router(wanted)
         return told
 
     def set_budget(self, budget: float) -> DynamicTransformer:
@@ -320,6 +386,8 @@ class DynamicTransformer(DynamicModel):
         given = torch.as_tensor(timestep).reshape(-1)
         times = given.to(device).expand(batch)
         told = self._told(gating)
+        if told is not None:
+            gating = moved(gating, told)
         widths: Sequence[BlockWidth] | None = None
         planned: Tensor | None = None
         if isinstance(executor, CompactExecutor):
@@ -335,10 +403,10 @@ class DynamicTransformer(DynamicModel):
             if planned is None:
                 embedded = time_embedding + self.embed_labels(condition)
             if widths is None:
-                read = time_embedding if told is None else time_embedding + told[0]
+                read = time_embedding if told is None else time_embedding + told.embedding
                 widths = executor.widths(self.dynamic_blocks, times, read, gating)
         if told is not None:
-            gating = ShiftedTokenGating(gating, told[1])
+            gating = ShiftedTokenGating(gating, told.tokens)
         compute = partial(self._computed, widths, executor, gating)
         if isinstance(executor, StepRunner):
             step = Step(self, self.dynamic_blocks, widths, gating, hidden_states, embedded, planned, compute)
@@ -383,6 +451,30 @@ class DynamicTransformer(DynamicModel):
                 f"{self.geometry.in_channels} channels.",
                 fix="Resize the input, or convert a checkpoint of that resolution.",
             )
+
+
+def moved(gating: Gating, told: Told) -> Gating:
+    """The same rule on logits that a budget moves; decisions from elsewhere stay as they are."""
+    if type(gating) is ThresholdGating:
+        # A number, because plans are kept by it.
+        return ThresholdGating(gating.keep_bias + float(told.shift.detach()))
+    if isinstance(gating, GumbelGating):
+        return replace(gating, shift=told.shift)
+    if isinstance(gating, FrozenWidthGating):
+        return replace(gating, live=moved(gating.live, told))
+    return gating
+
+
+def macs_of_width(width: str, hidden_size: int, heads: int, groups: int, always_on: bool) -> float | None:
+    """MACs of a block's width routers if they are a plug-in's; None for the package's own, which the geometry counts.
+
+    Raises:
+        DyditError: If there is no such width.
+    """
+    for_heads, for_groups = width_routers(width)
+    if width in ("free", "ordered"):
+        return None
+    return for_heads.macs(hidden_size, heads, always_on) + for_groups.macs(hidden_size, groups, always_on)
 
 
 def same_for_all(values: list[float]) -> list[float]:

@@ -36,19 +36,26 @@ class PatchEmbedder(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoids of t, then an MLP; its output is the E_t that width routers read."""
+    """Sinusoids of t, then an MLP; its output is the E_t that width routers read.
 
-    def __init__(self, hidden_size: int) -> None:
+    Args:
+        hidden_size: C.
+        frequency_shift: Taken from the number of frequencies before the exponents are divided by it: 0 in the original, 1 in
+            diffusers' DiT, which is another function of t.
+    """
+
+    def __init__(self, hidden_size: int, frequency_shift: float = 0.0) -> None:
         super().__init__()
+        self.frequency_shift = frequency_shift
         self.mlp = nn.Sequential(
             nn.Linear(FREQUENCY_SIZE, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
 
     def forward(self, timestep: Tensor) -> Tensor:
-        """(B,) t -> (B, C). Frequencies divide by ``half``, not by ``half - 1`` as in diffusers' DiT."""
+        """(B,) t -> (B, C)."""
         half = FREQUENCY_SIZE // 2
         exponents = torch.arange(half, dtype=torch.float32, device=timestep.device)
-        frequencies = torch.exp(-math.log(10000) * exponents / half)
+        frequencies = torch.exp(-math.log(10000) * exponents / (half - self.frequency_shift))
         angles = timestep.float()[:, None] * frequencies[None]
         sinusoids = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
         embedding: Tensor = self.mlp(sinusoids.to(next(self.mlp.parameters()).dtype))

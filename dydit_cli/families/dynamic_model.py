@@ -28,7 +28,9 @@ from dydit_cli.execution.capacity import CapacityExecutor
 from dydit_cli.execution.compiled import BlockCompiler
 from dydit_cli.execution.freeing import free_weights, restore_weights
 from dydit_cli.execution.graphs import GraphedCompactExecutor, GraphRunner
-from dydit_cli.execution.slabs import SlicedLayer, freed_of
+from dydit_cli.execution.slabs import freed_of
+from dydit_cli.execution.units import SlicedLayer
+from dydit_cli.families.timed_layers import insert_timed_layers
 
 
 class DynamicModel(ModelMixin, ConfigMixin):
@@ -48,7 +50,10 @@ class DynamicModel(ModelMixin, ConfigMixin):
     _executor: Executor
 
     def begin_dynamic(self) -> None:
-        """Start with dense execution and the dial at 0."""
+        """Start with dense execution and the dial at 0, and with experts in the layers if the configuration says so."""
+        settings = self.config.get("td_lora")
+        if settings is not None:
+            insert_timed_layers(self, settings, self.geometry.hidden_size)
         self.keep_bias = 0.0
         self._executor = self.make_executor("dense")
 
@@ -92,6 +97,11 @@ class DynamicModel(ModelMixin, ConfigMixin):
     def router_input(self, time_embedding: Tensor) -> Tensor:
         """(S, C) timestep embeddings -> what the width routers read: the same, unless the model has budgets."""
         return time_embedding
+
+    @property
+    def budget_shift(self) -> float:
+        """What the chosen budget adds to all router logits, beside ``keep_bias``; 0 for models without budgets."""
+        return 0.0
 
     def denoise(
         self,
@@ -265,8 +275,8 @@ class DynamicModel(ModelMixin, ConfigMixin):
         if free and not self.is_freed:
             executor.release()
             try:
-                for layer in self._sliced_layers():
-                    free_weights(layer)
+                for block in self.dynamic_blocks:
+                    free_weights([layer for layer, _ in block.sliced_layers()])
             except BaseException:
                 self.unpack()
                 raise
@@ -277,8 +287,8 @@ class DynamicModel(ModelMixin, ConfigMixin):
         """Put back the stored weights that `pack` gave back, bit for bit."""
         if isinstance(self._executor, CompactExecutor):
             self._executor.release()
-        for layer in self._sliced_layers():
-            restore_weights(layer)
+        for block in self.dynamic_blocks:
+            restore_weights([layer for layer, _ in block.sliced_layers()])
         return self
 
     def require_stored(self, what: str) -> None:
@@ -346,7 +356,8 @@ class DynamicModel(ModelMixin, ConfigMixin):
         values = torch.as_tensor(timesteps, device=self.device).flatten()
         labels = [] if class_labels is None else torch.as_tensor(class_labels).flatten().tolist()
         known = [min(int(label), self.geometry.num_classes) for label in labels]
-        return executor.make_plan(self, values, known, ThresholdGating(self.keep_bias))
+        gating = ThresholdGating(self.keep_bias + self.budget_shift)
+        return executor.make_plan(self, values, known, gating)
 
     @property
     def current_plan(self) -> WidthPlan | None:
@@ -377,6 +388,8 @@ class DynamicModel(ModelMixin, ConfigMixin):
             _, routing = self.denoise(hidden_states, timestep, labels, executor=executor, gating=gating)
             return routing
         times = torch.as_tensor(timestep, device=self.device).reshape(-1)
+        if isinstance(gating, ThresholdGating):
+            gating = ThresholdGating(gating.keep_bias + self.budget_shift)
         widths = DenseExecutor().widths(
             self.dynamic_blocks, times, self.router_input(self.embed_time(times)), gating
         )

@@ -7,14 +7,19 @@ masks. With static execution, every block runs diffusers' own forward.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxTransformer2DModel
-from diffusers.utils import apply_lora_scale
+from diffusers.utils import (
+    USE_PEFT_BACKEND,
+    scale_lora_layers,
+    set_weights_and_activate_adapters,
+    unscale_lora_layers,
+)
 from torch import Tensor, nn
 
 from dydit_cli.dynamic.gates import Gating, ThresholdGating
@@ -56,6 +61,7 @@ class DyFluxTransformer2DModel(DynamicModel, FluxTransformer2DModel):
         token_rank: Rank of the low-rank one; None means C / 48.
         sample_size: Latent side of the reference resolution, at which costs are quoted.
         text_tokens: Length of prompts at which they are.
+        td_lora: ``rank`` and ``experts`` of a model whose weights follow the timestep; see `insert_timed_layers`.
 
     Raises:
         DyditError: If the numbers do not fit together.
@@ -92,6 +98,7 @@ class DyFluxTransformer2DModel(DynamicModel, FluxTransformer2DModel):
         token_rank: int | None = None,
         sample_size: int = 128,
         text_tokens: int = 512,
+        td_lora: Mapping[str, Any] | None = None,
     ) -> None:
         # Without blocks: the dynamic ones are made below, and a full-size model is not made twice.
         super().__init__(
@@ -218,9 +225,30 @@ class DyFluxTransformer2DModel(DynamicModel, FluxTransformer2DModel):
         # As forward casts them.
         return super().plan(torch.as_tensor(timesteps).flatten().to(self.dtype))
 
+    # ------------------------------------------------------------------ adapters
+
+    def set_adapters(self, adapter_names: str | list[str], weights: Any = None) -> None:
+        """Choose adapters and their weights; see diffusers' `PeftAdapterMixin`.
+
+        Not by its method, which in older versions looks the class up in a list of diffusers' own.
+
+        Raises:
+            DyditError: If there are not as many weights as adapters.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        given = list(weights) if isinstance(weights, list | tuple) else [weights] * len(names)
+        if len(given) != len(names):
+            raise DyditError(
+                f"There are {len(names)} adapters and {len(given)} weights.",
+                why="Each adapter has one.",
+                fix="Pass as many weights as names, or one number for all.",
+            )
+        set_weights_and_activate_adapters(
+            self, names, [1.0 if weight is None else weight for weight in given]
+        )
+
     # ------------------------------------------------------------------ forward
 
-    @apply_lora_scale("joint_attention_kwargs")
     def forward(
         self,
         hidden_states: Tensor,
@@ -272,21 +300,30 @@ class DyFluxTransformer2DModel(DynamicModel, FluxTransformer2DModel):
                 why="Without them there is no prompt, time or place.",
                 fix="Call the model as diffusers' FluxPipeline does.",
             )
-        sample, _ = self._predict(
-            hidden_states,
-            encoder_hidden_states,
-            pooled_projections,
-            torch.as_tensor(timestep),
-            img_ids,
-            txt_ids,
-            guidance,
-            executor=self._executor,
-            gating=ThresholdGating(self.keep_bias),
-            keywords=joint_attention_kwargs,
-            residuals=controlnet_block_samples,
-            single_residuals=controlnet_single_block_samples,
-            residuals_go_round=controlnet_blocks_repeat,
-        )
+        # Not by diffusers' decorator, which only its newer versions have.
+        keywords = dict(joint_attention_kwargs or {})
+        scale = keywords.pop("scale", 1.0)
+        if USE_PEFT_BACKEND:
+            scale_lora_layers(self, scale)
+        try:
+            sample, _ = self._predict(
+                hidden_states,
+                encoder_hidden_states,
+                pooled_projections,
+                torch.as_tensor(timestep),
+                img_ids,
+                txt_ids,
+                guidance,
+                executor=self._executor,
+                gating=ThresholdGating(self.keep_bias),
+                keywords=keywords or None,
+                residuals=controlnet_block_samples,
+                single_residuals=controlnet_single_block_samples,
+                residuals_go_round=controlnet_blocks_repeat,
+            )
+        finally:
+            if USE_PEFT_BACKEND:
+                unscale_lora_layers(self, scale)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def denoise(

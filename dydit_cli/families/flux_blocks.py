@@ -16,7 +16,7 @@ from dydit_cli.dynamic.gates import Gating
 from dydit_cli.dynamic.routers import ChannelRouter, HeadRouter, WidthRouter, width_routers
 from dydit_cli.dynamic.stream_routers import FullTokenRouter, LowRankTokenRouter
 from dydit_cli.execution.interface import BlockWidth
-from dydit_cli.execution.streams import Decided, Rope, StreamExecutor
+from dydit_cli.execution.streams import Decided, Rope, StreamCall, StreamExecutor
 from dydit_cli.execution.streams_slabs import (
     BlockPart,
     image_channels,
@@ -82,14 +82,7 @@ class FluxBlockShape:
 
 def attend(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention by the backend that the user has chosen for diffusers; see `StreamBlock`."""
-    processor = attention.processor
-    mixed: Tensor = dispatch_attention_fn(
-        query,
-        key,
-        value,
-        backend=processor._attention_backend,
-        parallel_config=processor._parallel_config,
-    )
+    mixed: Tensor = dispatch_attention_fn(query, key, value, backend=attention.processor._attention_backend)
     return mixed
 
 
@@ -181,7 +174,7 @@ class DynamicFluxBlock(FluxTransformerBlock):
     ) -> Decided:
         """diffusers' arguments, then how to run -> image and text tokens, and the mask of the image tokens not skipped."""
         arguments = (hidden_states, encoder_hidden_states, temb, image_rotary_emb)
-        return executor.double(self, *arguments, width, gating, index, joint_attention_kwargs)
+        return executor.double(self, StreamCall(*arguments, width, gating, index, joint_attention_kwargs))
 
 
 class DynamicFluxSingleBlock(FluxSingleTransformerBlock):
@@ -252,4 +245,4 @@ class DynamicFluxSingleBlock(FluxSingleTransformerBlock):
     ) -> Decided:
         """diffusers' arguments, then how to run -> image and text tokens, and the mask of the image tokens not skipped."""
         arguments = (hidden_states, encoder_hidden_states, temb, image_rotary_emb)
-        return executor.single(self, *arguments, width, gating, index, joint_attention_kwargs)
+        return executor.single(self, StreamCall(*arguments, width, gating, index, joint_attention_kwargs))

@@ -60,6 +60,11 @@ class FluxGeometry(Geometry):
         return self.packed_channels // PATCH**2 - self.in_channels
 
     @property
+    def pipeline_class(self) -> str:
+        """Name of diffusers' pipeline that drives such a model. Kontext is built like dev: nothing here tells it."""
+        return pipeline_for(self.packed_channels, self.in_channels * PATCH**2)
+
+    @property
     def has_context(self) -> bool:
         """See `Geometry`."""
         return True
@@ -117,3 +122,10 @@ class FluxGeometry(Geometry):
             final=float(image * channels * PATCH**2 * self.out_channels),
             layernorm=LAYERNORM_MACS * channels * norms,
         )
+
+
+def pipeline_for(in_channels: int, out_channels: int) -> str:
+    """Name of diffusers' pipeline for a model of as many channels a token, taken and predicted."""
+    if in_channels == out_channels:
+        return "FluxPipeline"
+    return "FluxControlPipeline" if in_channels == 2 * out_channels else "FluxFillPipeline"

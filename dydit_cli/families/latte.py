@@ -6,7 +6,8 @@ unconditional form; checked against outputs of the original implementation. The 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -41,7 +42,7 @@ class DyLatteTransformer3DModel(DynamicTransformer):
         num_groups: G; None means H. Divides ``mlp_hidden_size``.
         always_on: Whether the most important head and group have no router row and are always on.
         out_channels: Channels that a forward returns. It follows from the others.
-        width, budgets, default_budget: See `DynamicTransformer`.
+        width, budgets, default_budget, td_lora: See `DynamicTransformer`.
 
     Raises:
         DyditError: If the numbers do not fit together.
@@ -69,6 +70,7 @@ class DyLatteTransformer3DModel(DynamicTransformer):
         width: str = "free",
         budgets: Sequence[float] | None = None,
         default_budget: float | None = None,
+        td_lora: Mapping[str, Any] | None = None,
     ) -> None:
         if num_frames < 1:
             raise DyditError(
@@ -92,6 +94,7 @@ class DyLatteTransformer3DModel(DynamicTransformer):
             width=width,
             budgets=budgets,
             default_budget=default_budget,
+            td_lora=td_lora,
         )
         # As the original: a parameter without gradient, part of its files.
         self.temp_embed = nn.Parameter(torch.zeros(1, num_frames, hidden_size), requires_grad=False)

@@ -5,7 +5,7 @@ A spatial and a temporal block take turns. Checked against diffusers' `LatteTran
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -63,6 +63,7 @@ class DyLatteT2VTransformer3DModel(DynamicModel):
         num_groups: G; None means H. Divides 4C.
         always_on: Whether the most important head and group have no router row and are always on.
         width: Which masks heads and groups have: ``free`` (any, the paper's) or ``ordered`` (the most important units).
+        td_lora: ``rank`` and ``experts`` of a model whose weights follow the timestep; see `insert_timed_layers`.
 
     Raises:
         DyditError: If the numbers do not fit together.
@@ -94,6 +95,7 @@ class DyLatteT2VTransformer3DModel(DynamicModel):
         num_groups: int | None = None,
         always_on: bool = True,
         width: str = "free",
+        td_lora: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         hidden = num_attention_heads * attention_head_dim

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dydit_cli.errors import DyditError, did_you_mean
-from dydit_cli.families import latte_t2v_files, original_dit, original_flux, original_latte
+from dydit_cli.families import dit_files, latte_t2v_files, original_dit, original_flux, original_latte
 from dydit_cli.families.dit import DyDiTTransformer2DModel
 from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.families.family import Family
@@ -67,9 +67,10 @@ DIT = Family(
     model_class=DyDiTTransformer2DModel,
     pipeline_class=DyDiTTransformer2DModel,
     presets=published_sizes(learn_sigma=True),
-    recognises=original_dit.recognises,
-    read=original_dit.read,
+    recognises=dit_files.recognises,
+    read=dit_files.read,
     write=original_dit.write,
+    layout=dit_files.layout_of,
 )
 
 SIT = Family(
@@ -133,6 +134,7 @@ LATTE_T2V = Family(
         "dydit export": IN_A_PIPELINE,
         "dydit bench": "Measure it with `dydit profile --latency`.",
         "--importance taylor": "Pass --importance magnitude, which needs no data.",
+        "--calibrate": "Leave it out: dydit reads no videos with captions, on which it could measure.",
         "--data": "Leave it out; MACs, widths and times need no data.",
     },
 )

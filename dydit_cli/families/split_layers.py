@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dydit_cli.dynamic.layers import AcrossFrames, Sequences, WithinFrames
-from dydit_cli.execution.effective import effective
-from dydit_cli.execution.slabs import Slabs, pack
+from dydit_cli.dynamic.timed import through
+from dydit_cli.execution.units import UnitLayers, unit_layers
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,10 @@ class SplitAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size)])
         self.register_buffer("head_order", torch.arange(num_heads))
 
-    def qkv(self, inputs: Tensor) -> Tensor:
+    def project(self, inputs: Tensor, time_embedding: Tensor | None = None) -> Tensor:
         """(B, T, C) -> (B, T, 3C): queries, keys and values side by side."""
-        return torch.cat([self.to_q(inputs), self.to_k(inputs), self.to_v(inputs)], dim=-1)
+        layers = (self.to_q, self.to_k, self.to_v)
+        return torch.cat([through(layer, inputs, time_embedding) for layer in layers], dim=-1)
 
     @property
     def proj(self) -> nn.Module:
@@ -127,32 +128,14 @@ class SplitMlp(nn.Module):
         return torch.zeros_like(channels).index_copy(1, self.channel_order, channels)
 
 
-@pack.register
-def split_attention_slabs(attention: SplitAttention) -> Slabs:
-    """Pack as `attention_slabs` does: entry is [H, 3 * C_h, C], leave is [H, C_h, C]."""
-    heads, dim, order = attention.num_heads, attention.head_dim, attention.head_order
-    projections = [effective(layer) for layer in (attention.to_q, attention.to_k, attention.to_v)]
-    proj, proj_bias = effective(attention.proj)
-    weights = [weight.view(heads, dim, -1).index_select(0, order) for weight, _ in projections]
-    biases = [bias.view(heads, dim).index_select(0, order) for _, bias in projections]
-    leave = proj.view(-1, heads, dim).index_select(1, order)
-    return Slabs(
-        entry=torch.cat(weights, dim=1),
-        entry_bias=torch.cat(biases, dim=1),
-        leave=leave.permute(1, 2, 0).contiguous(),
-        leave_bias=proj_bias,
-    )
+@unit_layers.register
+def units_of_split_attention(attention: SplitAttention) -> UnitLayers:
+    """Heads, whose queries, keys and values stand in layers of their own."""
+    layers = (attention.to_q, attention.to_k, attention.to_v)
+    return UnitLayers(attention.num_heads, attention.head_order, layers, attention.proj)
 
 
-@pack.register
-def split_mlp_slabs(mlp: SplitMlp) -> Slabs:
-    """Pack as `mlp_slabs` does: entry is [G, width, C], leave is [G, width, C] transposed."""
-    groups, width, order = mlp.num_groups, mlp.group_width, mlp.channel_order
-    (fc1, fc1_bias), (fc2, fc2_bias) = effective(mlp.fc1), effective(mlp.fc2)
-    channels = fc1.shape[1]
-    return Slabs(
-        entry=fc1.index_select(0, order).view(groups, width, channels),
-        entry_bias=fc1_bias.index_select(0, order).view(groups, width),
-        leave=fc2.t().index_select(0, order).contiguous().view(groups, width, channels),
-        leave_bias=fc2_bias,
-    )
+@unit_layers.register
+def units_of_split_mlp(mlp: SplitMlp) -> UnitLayers:
+    """Groups of channels."""
+    return UnitLayers(mlp.num_groups, mlp.channel_order, (mlp.fc1,), mlp.fc2)
