@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
+from dydit_cli.dynamic.routers import WIDTHS
 from dydit_cli.errors import DyditError
 from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.families.family import require
 from dydit_cli.families.registry import class_named, family_named
+from dydit_cli.plugged import provider_of
 
 CONFIG_NAME = "config.json"
 
@@ -112,6 +115,7 @@ def load_model(
         raise TypeError(config["_class_name"])
     model_class = family_named(stored.family).model_class if convention == "native" else stored
     folder = model_folder(path)
+    _check_plugin(config, folder)
     try:
         model: DynamicModel
         model, report = model_class.from_pretrained(
@@ -134,6 +138,43 @@ def load_model(
     if budget is not None:
         model.set_budget(budget)
     return model.to(device) if device is not None else model
+
+
+def _check_plugin(config: dict[str, Any], folder: Path) -> None:
+    """See that a model whose routers are a plug-in's finds them, and that they are those that it was made with.
+
+    Raises:
+        DyditError: If the plug-in is not loaded, with its name.
+    """
+    width = config.get("width", "free")
+    recorded = next(
+        (each for each in _recorded_plugins(folder) if f"width {width}" in each.get("provides", ())), None
+    )
+    if isinstance(width, str) and width not in WIDTHS:
+        name = recorded["name"] if recorded else None
+        raise DyditError(
+            f"{folder} has routers of the kind '{width}', which dydit does not have.",
+            why=f"They come from the plug-in {name} (sha256 {recorded['sha256'][:12]}), which is not loaded."
+            if recorded
+            else "They come from a plug-in, which is not loaded.",
+            fix=f"Pass --plugin {name or 'FILE'}, or call dydit_cli.load_plugin('{name or 'FILE'}') first.",
+        )
+    loaded = provider_of("width", width)
+    if recorded and loaded and recorded["sha256"] != loaded.sha256:
+        warnings.warn(
+            f"{folder} was made with another version of the plug-in {loaded.name} (sha256 {recorded['sha256'][:12]}, "
+            f"loaded {loaded.sha256[:12]}): its routers may decide otherwise.",
+            stacklevel=3,
+        )
+
+
+def _recorded_plugins(folder: Path) -> list[dict[str, Any]]:
+    """What an artifact's manifest says of plug-ins; nothing where there is no manifest, or an older one."""
+    try:
+        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8")).get("plugins", [])
+    except (OSError, ValueError, AttributeError):
+        return []
+    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
 
 def _check_whole(model: DynamicModel, report: dict[str, Any], folder: Path) -> None:

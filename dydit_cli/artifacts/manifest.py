@@ -15,6 +15,7 @@ import torch
 
 from dydit_cli.artifacts.writing import write_json
 from dydit_cli.errors import DyditError
+from dydit_cli.plugged import IN_USE
 
 SCHEMA = 1
 NAME = "manifest.json"
@@ -106,6 +107,7 @@ def write_manifest(
         "device": device_description(device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
+        "plugins": [file.as_dict() for file in IN_USE.values()],
         "commit": source_commit(),
         "weights_sha256": weights_hash(folder)
         if any(folder.glob("diffusion_pytorch_model*.safetensors"))

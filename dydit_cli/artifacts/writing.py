@@ -6,12 +6,18 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dydit_cli.artifacts.leftovers import (
+    KEPT,
+    OLD,
+    clear_leftovers,
+    temporary_file,
+    temporary_folder,
+)
 from dydit_cli.errors import DyditError
 
 FULL = {
@@ -88,9 +94,12 @@ def refuse_existing(out: Path, overwrite: bool) -> None:
 def artifact_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Give a temporary folder beside ``out`` that becomes ``out`` when the block ends well, and vanishes when it does not.
 
+    What earlier processes that were killed left of the same ``out`` is cleared first.
+
     Raises:
         DyditError: If ``out`` exists and ``overwrite`` is off, if it is where the process runs, or if the disk refuses.
     """
+    clear_leftovers(Path(out).parent, Path(out).name)
     refuse_existing(Path(out), overwrite)
     # Absolute, because a relative path leads elsewhere once a folder on its way has been renamed.
     out = Path(os.path.abspath(out))
@@ -102,7 +111,7 @@ def artifact_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Pat
         )
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+        temporary = temporary_folder(out)
         # mkdtemp makes a private folder; an artifact is as readable as any other folder.
         temporary.chmod(0o777 & ~_umask())
     try:
@@ -134,7 +143,7 @@ def _replace(temporary: Path, out: Path) -> None:
     if not out.exists():
         temporary.rename(out)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent)) / "old"
+    old = temporary_folder(out, OLD) / KEPT
     try:
         out.rename(old)
         temporary.rename(out)
@@ -151,7 +160,7 @@ def _replace(temporary: Path, out: Path) -> None:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Give a temporary file name beside ``path`` that is renamed to it when the block ends well."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = temporary_file(path)
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,6 +168,17 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush(folder: Path) -> None:
+    """Have the system put the files of a folder on the disk, so that a power cut does not leave a name with half a content."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file() or (path.is_dir() and os.name == "posix"):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -7,12 +7,13 @@ number p % n of that epoch's permutation. (Samples of several shapes go by `buck
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dydit_cli.data.bad_samples import BadSample, pool_of, replaced
 from dydit_cli.data.buckets import BucketedOrder, buckets_of
 from dydit_cli.data.conditions import conditions_of
 from dydit_cli.data.mirror import MirrorRule, flipped_batch
@@ -31,11 +32,15 @@ class Batch:
         condition: (B,) class labels, or texts.
         indices: The samples' positions in the global batch; every draw of a sample is named by (seed, step,
             position).
+        samples: Their numbers in the source.
+        bad: Samples that could not be read; others stand in their places.
     """
 
     clean: Tensor
     condition: Condition
     indices: tuple[int, ...]
+    samples: tuple[int, ...] = ()
+    bad: tuple[BadSample, ...] = ()
 
 
 @dataclass
@@ -47,12 +52,17 @@ class TrainingBatches:
         batch_size: Samples of one step.
         seed: The run's seed.
         mirror: Which samples may be mirrored.
+        skip_bad: Whether others take the places of samples that cannot be read; else these are errors.
+        rank, processes: This process's number, and how many there are: each reads its own part of every batch.
     """
 
     source: Source
     batch_size: int
     seed: int
     mirror: MirrorRule
+    skip_bad: bool = False
+    rank: int = 0
+    processes: int = 1
     _orders: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _bucketed: BucketedOrder | None = field(default=None, repr=False)
 
@@ -62,19 +72,42 @@ class TrainingBatches:
             self._bucketed = BucketedOrder(buckets, self.batch_size, self.seed)
 
     def at(self, step: int) -> Batch:
-        """The batch of the (0-based) ``step``, whatever was read before."""
-        indices = tuple(range(self.batch_size))
-        chosen = self._samples_of(step)
+        """This process's part of the batch of the (0-based) ``step``, whatever was read before."""
+        first, last = (self.batch_size * rank // self.processes for rank in (self.rank, self.rank + 1))
+        positions = tuple(range(first, last))
+        chosen = self._samples_of(step)[first:last]
+        try:
+            return self._read(step, positions, chosen)
+        except DyditError:
+            if not self.skip_bad:
+                raise
+        buckets = buckets_of(self.source)
 
-        def draw(position: int, shape: tuple[int, ...]) -> Tensor:
-            return normal(self.seed, shape, "posterior", step, position)
+        def instead(position: int, sample: int, attempt: int) -> int:
+            pool = pool_of(buckets, sample, len(self.source))
+            drawn = float(uniform(self.seed, (), "replacement", step, positions[position], attempt))
+            return int(pool[int(drawn * len(pool))])
+
+        kept, bad = replaced(
+            self.source,
+            chosen,
+            lambda position, sample: self._read(step, positions[position : position + 1], [sample]),
+            instead,
+        )
+        return replace(self._read(step, positions, kept), bad=bad)
+
+    def _read(self, step: int, positions: tuple[int, ...], chosen: Sequence[int]) -> Batch:
+        """The samples ``chosen`` as those of some positions of a step's batch."""
+
+        def draw(place: int, shape: tuple[int, ...]) -> Tensor:
+            return normal(self.seed, shape, "posterior", step, positions[place])
 
         flips = [
             self.mirror.allows(label) and float(uniform(self.seed, (), "mirror", step, position)) < 0.5
-            for position, label in enumerate(self.source.labels[chosen].tolist())
+            for position, label in zip(positions, self.source.labels[list(chosen)].tolist(), strict=True)
         ]
         clean = flipped_batch(self.source, chosen, draw, flips)
-        return Batch(clean, conditions_of(self.source, chosen), indices)
+        return Batch(clean, conditions_of(self.source, chosen), positions, tuple(chosen))
 
     def between(self, start: int, stop: int, num_workers: int = 0) -> Iterator[Batch]:
         """The batches of the steps from ``start`` to before ``stop``, read ahead by ``num_workers``
@@ -93,7 +126,19 @@ class TrainingBatches:
             num_workers=num_workers,
             prefetch_factor=2,
         )
-        for item in loader:
+        items = iter(loader)
+        for step in range(start, stop):
+            try:
+                item = next(items)
+            except RuntimeError as error:
+                # torch's words for a worker that the system or somebody killed, most often for lack of memory.
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise DyditError(
+                    f"A process that reads data ended before step {step + 1}.",
+                    why=f"The system reports: {str(error).splitlines()[0]}",
+                    fix="See whether memory ran out; lower num_workers, then resume the run.",
+                ) from error
             if isinstance(item, _Failure):
                 raise DyditError(item.what, why=item.why, fix=item.fix)
             yield item

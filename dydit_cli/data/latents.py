@@ -39,9 +39,16 @@ class _SafetensorsRows:
     shape: tuple[int, ...]
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        with safe_open(self.path, framework="pt") as file:
-            rows = file.get_slice(self.name)
-            return torch.stack([rows[index] for index in indices]).float()
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                rows = file.get_slice(self.name)
+                return torch.stack([rows[index] for index in indices]).float()
+        except (SafetensorError, OSError) as error:
+            raise DyditError(
+                f"{self.path} can no longer be read.",
+                why=f"{error}.",
+                fix="Check that the file is still there and whole.",
+            ) from error
 
 
 @dataclass

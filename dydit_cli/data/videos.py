@@ -112,7 +112,15 @@ def _is(name: str, extensions: tuple[str, ...]) -> bool:
 
 
 def _frames_in(folder: Path) -> list[str]:
-    return sorted((name for name in os.listdir(folder) if _is(name, IMAGE_EXTENSIONS)), key=natural)
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise DyditError(
+            f"The frames in {folder} cannot be read.",
+            why=f"{error}.",
+            fix="Check that the folder is still there, or remove the video.",
+        ) from error
+    return sorted((name for name in names if _is(name, IMAGE_EXTENSIONS)), key=natural)
 
 
 def _videos_below(folder: Path) -> list[str]:

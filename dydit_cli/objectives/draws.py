@@ -19,6 +19,7 @@ from dydit_cli.data.conditions import conditions_of
 from dydit_cli.data.source import Source
 from dydit_cli.families.text_condition import Condition
 from dydit_cli.objectives.objective import Objective
+from dydit_cli.processes.world import ALONE, World
 from dydit_cli.randomness import generator, normal
 
 IMAGES = 1000
@@ -35,12 +36,14 @@ class HeldOutBatch:
         condition: (B,) class labels, or texts.
         noise: (B, C, h, w).
         t: (B,).
+        stands_in: Whether another process has these samples already, and they are here so that every process has a batch.
     """
 
     clean: Tensor
     condition: Condition
     noise: Tensor
     t: Tensor
+    stands_in: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,15 +81,17 @@ class HeldOutDraws:
         needed = -(-self.timesteps // max(1, self.samples))
         return min(self.timesteps, max(self.per_image, needed))
 
-    def batches(self, device: torch.device | str) -> Iterator[HeldOutBatch]:
-        """The samples in the order of t, each batch of one timestep."""
+    def batches(self, device: torch.device | str, world: World = ALONE) -> Iterator[HeldOutBatch]:
+        """The samples in the order of t, each batch of one timestep; of several processes, each has its part of every batch."""
         order = torch.randperm(len(self.source), generator=generator(self.seed, "held_out_order"))
         chosen = order[: self.images].tolist()
         for level, t in enumerate(self.objective.grid(self.timesteps).tolist()):
             members = [index for position, index in enumerate(chosen) if self._meets(position, level)]
             for part in same_shape(self.source, members):
                 for start in range(0, len(part), self.batch_size):
-                    yield self._batch(part[start : start + self.batch_size], level, t, device)
+                    together = part[start : start + self.batch_size]
+                    own = list(world.share(together))
+                    yield self._batch(own or together[:1], level, t, device, stands_in=not own)
 
     def _meets(self, position: int, level: int) -> bool:
         """Whether the sample at ``position`` of the order is seen at timestep number ``level``.
@@ -99,10 +104,12 @@ class HeldOutDraws:
         )
         return level in levels
 
-    def _batch(self, indices: list[int], level: int, t: float, device: torch.device | str) -> HeldOutBatch:
+    def _batch(
+        self, indices: list[int], level: int, t: float, device: torch.device | str, stands_in: bool
+    ) -> HeldOutBatch:
         clean = self.source.batch(indices)
         shape = tuple(clean.shape[1:])
         noise = torch.stack([normal(self.seed, shape, "held_out_noise", level, index) for index in indices])
         times = torch.full((len(indices),), t, device=device)
         condition = conditions_of(self.source, indices).to(device)
-        return HeldOutBatch(clean.to(device), condition, noise.to(device), times)
+        return HeldOutBatch(clean.to(device), condition, noise.to(device), times, stands_in)

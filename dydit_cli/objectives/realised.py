@@ -7,19 +7,27 @@ noised at 50 stratified timesteps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dydit_cli.data.source import Source
-from dydit_cli.dynamic.gates import ThresholdGating
+from dydit_cli.dynamic.gates import Gating, ThresholdGating
+from dydit_cli.dynamic.geometry import Geometry
+from dydit_cli.dynamic.routing import Routing
 from dydit_cli.execution import Executor
 from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.families.resolution import geometry_of
+from dydit_cli.families.text_condition import Condition
 from dydit_cli.flops import executed_ratio
 from dydit_cli.objectives.draws import BATCH_SIZE, IMAGES, TIMESTEPS, HeldOutDraws
 from dydit_cli.objectives.objective import Objective
+from dydit_cli.processes.world import ALONE, World
+
+Denoise = Callable[[Tensor, Tensor, Condition, Gating], tuple[Tensor, Routing]]
+"""(noisy, t, condition, gating) -> the prediction and the masks of every block."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ class RatioReport:
         heads, groups, tokens: Shares of active units.
         losses: The denoising loss (``loss``) and its parts, means over the same forward passes.
         per_timestep: The same for each timestep, in the order of t.
+        cost: Mean of the other cost that was asked for, relative to the static model; None where none was.
     """
 
     ratio: float
@@ -62,6 +71,12 @@ class RatioReport:
     tokens: float
     losses: dict[str, float]
     per_timestep: tuple[TimestepReport, ...]
+    cost: float | None = None
+
+    @property
+    def targeted(self) -> float:
+        """What a target refers to: the other cost where there is one, MACs otherwise."""
+        return self.ratio if self.cost is None else self.cost
 
 
 @torch.no_grad()
@@ -71,6 +86,9 @@ def measure(
     *,
     executor: Executor | None = None,
     device: torch.device | str | None = None,
+    denoise: Denoise | None = None,
+    world: World = ALONE,
+    cost: Callable[[Routing, Geometry], Tensor] | None = None,
 ) -> RatioReport:
     """Measure ratio and loss in one pass: thresholds with the model's ``keep_bias``, no noise on the routing,
     true labels.
@@ -81,15 +99,24 @@ def measure(
         models count.
         executor: How masks become arithmetic; the model's own by default.
         device: Where to put the samples; the model's device by default.
+        denoise: How to call a model whose weights are spread over processes; ``executor`` is not used then.
+        world: Processes that share the samples; all of them get the report.
+        cost: (B,) of another cost, to be measured as well.
     """
-    gating = ThresholdGating(model.keep_bias)
+
+    def plainly(noisy: Tensor, t: Tensor, condition: Condition, gating: Gating) -> tuple[Tensor, Routing]:
+        return model.denoise(noisy, t, condition, executor=executor, gating=gating)
+
+    denoise, gating = denoise or plainly, ThresholdGating(model.keep_bias)
     columns = ["ratio", "heads", "groups", "tokens"]
-    rows: dict[float, list[Tensor]] = {}
-    for batch in draws.batches(device or model.device):
+    measured: list[tuple[float, Tensor]] = []
+    for batch in draws.batches(device or model.device, world):
         noisy = draws.objective.noised(batch.clean, batch.noise, batch.t)
-        prediction, routing = model.denoise(noisy, batch.t, batch.condition, executor=executor, gating=gating)
+        prediction, routing = denoise(noisy, batch.t, batch.condition, gating)
         geometry = geometry_of(model.geometry, noisy.shape, batch.condition)
         losses = draws.objective.losses(prediction, batch.clean, batch.noise, batch.t)
+        if cost is not None:
+            losses = {**losses, "cost": cost(routing, geometry)}
         columns[4:] = losses
         shares = [masks.float().mean(dim=(1, 2)) for masks in (routing.heads, routing.groups, routing.tokens)]
         values = torch.stack(
@@ -100,12 +127,18 @@ def measure(
             ],
             dim=1,
         )
-        rows.setdefault(float(batch.t[0]), []).append(values.cpu().double())
+        measured.append((float(batch.t[0]), values.cpu().double()[: 0 if batch.stands_in else None]))
+    rows: dict[float, list[Tensor]] = {}
+    # Batch by batch and in the order of processes: the order of one process alone.
+    for parts in zip(*world.gather(measured), strict=True):
+        for t, values in parts:
+            rows.setdefault(t, []).append(values)
     levels = {t: torch.cat(parts) for t, parts in sorted(rows.items())}
     everything = torch.cat(list(levels.values()))
     spread = sum(float(((values[:, 0] - values[:, 0].mean()) ** 2).sum()) for values in levels.values())
     means = dict(zip(columns, everything.mean(dim=0).tolist(), strict=True))
     return RatioReport(
+        cost=means.pop("cost", None),
         standard_error=spread**0.5 / len(everything),
         images=min(draws.images, len(draws.source)),
         **{name: means.pop(name) for name in columns[:4]},

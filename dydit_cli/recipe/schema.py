@@ -49,6 +49,8 @@ VideoFormats = Annotated[tuple[Literal["mp4", "gif", "frames", "grid"], ...], Be
 
 Conditions = Annotated[tuple[Text, ...], BeforeValidator(names)]
 
+Trackers = Annotated[tuple[Literal["jsonl", "tensorboard", "wandb"], ...], BeforeValidator(names)]
+
 
 class Section(BaseModel):
     """What the sections share: frozen, no unknown keys, and whose `out` their `model` falls back to.
@@ -75,13 +77,20 @@ class ConvertSection(Section):
         num_groups: Channel groups of the MLP; as many as heads if not given (the paper).
         grouping: Whether channels are sorted by importance before they are cut into groups, or cut as they stand (ours).
         width: Which masks heads and channel groups can have: `free` (any set of units, the paper) or `ordered` (the most important
-            ones: slicing them is a view, never a copy; ours).
+            ones: slicing them is a view, never a copy; ours), or one of a plug-in.
         lora: FLUX: adapters to merge before the ranking, `FILE:SCALE` each; a key that fits no layer is an error.
         axes_dims_rope: FLUX: how a head's channels are shared among the rotary axes, where heads have other than 128 (16,56,56).
-        importance: `magnitude`, `taylor`, `random`, or an `importance.safetensors` of an earlier conversion.
+        prune: Make a static model instead of a dynamic one: cut heads and channels out for good, until this share of attention and MLP
+            MACs is left (a baseline).
+        importance: `magnitude`, `taylor`, `random`, or an `importance.safetensors` of an earlier conversion; `auto` is `magnitude`, and
+            with `calibrate` `taylor` on its data.
         importance_samples: Samples that Taylor importance averages over (ours).
         data: Where Taylor importance finds its samples.
-        seed: Seed of random importance, of the Taylor samples and of the routers' weights.
+        calibrate: Data on which the width routers are set before any training, each range of timesteps by what it needs (ours).
+        calibrate_ratio: λ that they are set to, by width alone.
+        calibrate_samples: Samples of each round of that measurement.
+        calibrate_ranges: Ranges of timesteps that get widths of their own.
+        seed: Seed of random importance, of the Taylor and calibration samples, and of the routers' weights.
         device: Where scores are computed and the result is verified.
         max_shard_size: Largest weight file, as diffusers writes it.
         overwrite: Replace an existing artifact.
@@ -95,12 +104,17 @@ class ConvertSection(Section):
     num_heads: Count | None = None
     num_groups: Count | None = None
     grouping: Literal["sorted", "contiguous"] = "sorted"
-    width: Literal["free", "ordered"] = "free"
+    width: Text = "free"
     lora: Names | None = None
     axes_dims_rope: Sides | None = None
-    importance: Location = "magnitude"
+    prune: Share | None = None
+    importance: Location = "auto"
     importance_samples: Count = 256
     data: Location | None = None
+    calibrate: Location | None = None
+    calibrate_ratio: Share = 0.8
+    calibrate_samples: Count = 128
+    calibrate_ranges: Count = 8
     seed: Seed = 0
     device: Text = "auto"
     max_shard_size: Text = "5GB"
@@ -108,7 +122,7 @@ class ConvertSection(Section):
 
     @model_validator(mode="after")
     def _taylor_needs_data(self) -> Self:
-        if self.importance == "taylor" and self.data is None:
+        if self.importance == "taylor" and self.data is None and self.calibrate is None:
             raise ValueError("importance 'taylor' is measured on samples; give data as well")
         return self
 
@@ -123,10 +137,20 @@ class FinetuneSection(Section):
         out: The folder to write.
         steps: Optimiser steps.
         target_ratio: λ, the share of the static model's attention and MLP MACs to keep.
+        target: What `target_ratio` is a share of: `macs`, or `latency`, the static model's time (DiT and SiT; ours).
+        latency_table: Times of the device that the model is for, as `dydit bench --latency-table FILE` measures them.
         budgets: Least and largest ratio of a model that serves all between them; each step draws one, tells it to the routers, and
             trains for it. `target_ratio` is then what the result does unless told otherwise (ours).
+        routers: Which routers decide, and learn to: `learned` (all of them), or a baseline: `width` or `tokens` alone, `random` decisions.
         batch_size: Global batch (the paper: 256).
         seed: Every random draw is a function of it.
+        method: What trains beside the routers: `full` (all weights), `lora`, or `td-lora` (LoRA whose experts are mixed by the timestep);
+            adapters take less memory.
+        lora_rank: Rank of the adapters (ours).
+        lora_alpha: Adapters are multiplied by it over the rank; the rank if not given.
+        lora_experts: Experts of TD-LoRA (ours).
+        lora_dropout: Dropout of the adapters' input.
+        base: How weights below adapters are stored while they are trained: `fp32`, `bf16`, `int8` (a scale a row) or `nf4` (4 bits).
         learning_rate: AdamW's, constant (the paper: 1e-4).
         router_learning_rate: The routers' own; `learning_rate` if not given (ours).
         weight_decay: AdamW's.
@@ -151,6 +175,13 @@ class FinetuneSection(Section):
         label_dropout: Share of labels replaced by the null class.
         mirror: Mirror images at random; a list names labels that are never mirrored.
         num_workers: Processes that load data.
+        on_bad_sample: Whether a sample that cannot be read ends the run (`error`), or another takes its place and it is counted
+            (`skip`; at most 1 % of the samples).
+        trackers: Where metrics go beside `metrics.jsonl`: `tensorboard`, `wandb`, where they are installed.
+        processes: Processes that train together, each with its part of every batch; `--processes` starts them, torchrun can.
+        sharding: What each process holds: the whole model (`ddp`), or its part of weights, averages and moments (`fsdp2`).
+        accumulate: Parts in which a process goes through its part of a batch, to save memory; the numbers stay the same.
+        optimiser: `adamw`, or `adamw8bit` with moments in 8 bits, where bitsandbytes is installed.
         mixed_precision: Autocast type of the forward pass.
         gradient_checkpointing: Recompute blocks in the backward pass to save memory.
         log_every: Steps between lines of metrics.
@@ -172,9 +203,18 @@ class FinetuneSection(Section):
     out: OutFolder
     steps: Count
     target_ratio: Share = 0.5
+    target: Literal["macs", "latency"] = "macs"
+    latency_table: Location | None = None
     budgets: Budgets | None = None
+    routers: Text = "learned"
     batch_size: Count = 64
     seed: Seed = 0
+    method: Literal["full", "lora", "td-lora"] = "full"
+    lora_rank: Count = 4
+    lora_alpha: Positive | None = None
+    lora_experts: Count = 4
+    lora_dropout: Probability = 0.0
+    base: Literal["fp32", "bf16", "int8", "nf4"] = "fp32"
     learning_rate: Positive = 1e-4
     router_learning_rate: Positive | None = None
     weight_decay: NonNegativeReal = 0.0
@@ -197,6 +237,12 @@ class FinetuneSection(Section):
     label_dropout: Probability = 0.1
     mirror: Mirror = True
     num_workers: NonNegative = 0
+    on_bad_sample: Literal["error", "skip"] = "error"
+    trackers: Trackers = ("jsonl",)
+    processes: Count = 1
+    sharding: Literal["ddp", "fsdp2"] = "ddp"
+    accumulate: Count = 1
+    optimiser: Literal["adamw", "adamw8bit"] = "adamw"
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: Flag = False
     log_every: Count = 10
@@ -213,6 +259,48 @@ class FinetuneSection(Section):
     def _resume_keeps_what_overwrite_removes(self) -> Self:
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other; give one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _time_needs_a_table(self) -> Self:
+        if self.target == "latency" and self.latency_table is None:
+            raise ValueError(
+                "target 'latency' needs a latency_table, which `dydit bench --latency-table FILE` measures"
+            )
+        if self.target == "latency" and self.budgets is not None:
+            raise ValueError("target 'latency' has one target_ratio; leave budgets out")
+        return self
+
+    @model_validator(mode="after")
+    def _batches_can_be_shared(self) -> Self:
+        parts = self.processes * self.accumulate
+        if self.batch_size % parts:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be shared by {self.processes} processes in {self.accumulate} parts each; "
+                f"make it a multiple of {parts}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_fit_together(self) -> Self:
+        if self.method == "full" and self.base != "fp32":
+            raise ValueError(
+                f"base {self.base} is for frozen weights below adapters; with method full all weights train in fp32"
+            )
+        if self.method != "full" and self.sharding == "fsdp2":
+            raise ValueError(
+                f"sharding fsdp2 goes with method full, not with {self.method}; leave sharding at ddp"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shards_fit_together(self) -> Self:
+        if self.sharding == "fsdp2" and self.mixed_precision == "fp16":
+            raise ValueError("sharding fsdp2 goes with mixed_precision no or bf16, not with fp16")
+        if self.sharding == "fsdp2" and self.optimiser == "adamw8bit":
+            raise ValueError(
+                "sharding fsdp2 shares the moments among processes already; leave optimiser at adamw"
+            )
         return self
 
     @model_validator(mode="after")
@@ -314,8 +402,9 @@ class ProfileSection(Section):
         seed: Seed of every draw.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: Type of weights and activations of the time measurement.
+        report: A file of HTML that shows all of it, with samples of the static and the dynamic model; none if not given.
         out: A folder for the JSON file and the pictures; none is written if not given.
-        overwrite: Replace an existing folder.
+        overwrite: Replace an existing folder or report.
     """
 
     stage: ClassVar[str] = "profile"
@@ -337,6 +426,7 @@ class ProfileSection(Section):
     seed: Seed = 0
     device: Text = "auto"
     dtype: Dtype = "float32"
+    report: Location | None = None
     out: OutFolder | None = None
     overwrite: Flag = False
 
@@ -380,6 +470,7 @@ class SampleSection(Section):
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: Type of weights and activations.
         deterministic: Make each image alone, so that it is the same bit for bit whatever the batch size.
+        processes: Processes that share the batches; no image depends on their number.
         video_formats: What the samples of a video model become, beside `samples.npz`: files a video (`mp4`, `gif`), a folder
             of its frames (`frames`), and pictures of the first videos (`grid`).
         fps: Frames a second of these files; a GIF shows at most 50.
@@ -415,6 +506,7 @@ class SampleSection(Section):
     device: Text = "auto"
     dtype: Dtype = "float32"
     deterministic: Flag = False
+    processes: Count = 1
     video_formats: VideoFormats = ("mp4", "gif", "grid")
     fps: Positive = 8.0
     overwrite: Flag = False
@@ -456,7 +548,9 @@ class EvaluateSection(Section):
         batch_size: Images a forward.
         execution: As in `sample`.
         keep_bias: As in `sample`.
+        budget: As in `sample`.
         vae: A local AutoencoderKL folder, for latent models.
+        processes: Processes that share sampling and the feature network; no number depends on how many.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: Type of weights and activations of the model; features are always made in float32 and distances in float64.
         out: A folder for `evaluation.json` and the sheets of pairs; nothing is written if not given.
@@ -489,7 +583,9 @@ class EvaluateSection(Section):
     batch_size: Count = 32
     execution: Literal["compact", "dense", "static"] = "compact"
     keep_bias: Dial = 0.0
+    budget: Share | None = None
     vae: Location | None = None
+    processes: Count = 1
     device: Text = "auto"
     dtype: Dtype = "float32"
     out: OutFolder | None = None

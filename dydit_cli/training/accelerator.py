@@ -1,4 +1,4 @@
-"""What accelerate does for a run: autocast, gradient scaling and backward."""
+"""What accelerate does for a run: autocast, gradient scaling, backward, and the gradients of several processes (DDP)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
 from dydit_cli.errors import DyditError
+from dydit_cli.processes.world import World
 
 
-def make_accelerator(device: torch.device, mixed_precision: str) -> Accelerator:
+def make_accelerator(device: torch.device, mixed_precision: str, world: World) -> Accelerator:
     """Make the accelerator of one run.
 
+    Args:
+        device: Of this process.
+        mixed_precision: Type of autocast.
+        world: The processes of the run, which have met already.
+
     Raises:
-        DyditError: for fp16 on a CPU, and for more than one process.
+        DyditError: for fp16 on a CPU.
     """
     if mixed_precision == "fp16" and device.type == "cpu":
         raise DyditError(
@@ -27,13 +33,12 @@ def make_accelerator(device: torch.device, mixed_precision: str) -> Accelerator:
         AcceleratorState._reset_state(reset_partial_state=True)
     # Placement is ours: accelerate knows one device a process and could not honour cuda:1.
     accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision=mixed_precision, device_placement=False
+        cpu=device.type == "cpu",
+        mixed_precision=mixed_precision,
+        device_placement=False,
     )
-    if accelerator.num_processes != 1:
-        raise DyditError(
-            f"Fine-tuning runs in one process, not in {accelerator.num_processes}.",
-            why="The command was started by a launcher of several processes, which would all write the "
-            "same folder.",
-            fix="Start `dydit finetune` by itself.",
+    if accelerator.num_processes != world.size:
+        raise RuntimeError(
+            f"accelerate sees {accelerator.num_processes} processes, and there are {world.size}"
         )
     return accelerator

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dydit_cli.data.source import Source
 from dydit_cli.dynamic.routers import shift_routers
 from dydit_cli.families.dynamic_model import DynamicModel
-from dydit_cli.objectives import HeldOutDraws, Objective, measure
+from dydit_cli.objectives import HeldOutDraws, Objective, RatioReport, measure
 
 IMAGES = 250
 LIMIT = 2.0
@@ -36,13 +36,18 @@ class Calibration:
     after: float
 
 
-def calibrate(model: DynamicModel, source: Source, objective: Objective, target: float) -> Calibration:
+Measure = Callable[[DynamicModel, HeldOutDraws], RatioReport]
+
+
+def calibrate(
+    model: DynamicModel, source: Source, objective: Objective, target: float, measuring: Measure = measure
+) -> Calibration:
     """Find the shift at which ``model`` realises ``target`` on samples of ``source``, and add it to its routers' biases."""
     draws = HeldOutDraws(source, objective, IMAGES)
     dial = model.keep_bias
 
     def ratio_at(shift: float) -> float:
-        return measure(model.set_keep_bias(dial + shift), draws).ratio
+        return measuring(model.set_keep_bias(dial + shift), draws).ratio
 
     try:
         found = search(ratio_at, target)

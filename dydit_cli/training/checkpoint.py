@@ -8,7 +8,6 @@ all.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dydit_cli.artifacts import artifact_folder, write_json
+from dydit_cli.artifacts.leftovers import remove_folder
+from dydit_cli.artifacts.writing import flush
 from dydit_cli.errors import DyditError
 from dydit_cli.families.dynamic_model import DynamicModel
+from dydit_cli.processes.world import ALONE, World
 from dydit_cli.training.average import MovingAverage
+from dydit_cli.training.method import changing_state, with_frozen_state
 from dydit_cli.training.optimiser import load_state_by_name, state_by_name
+from dydit_cli.training.sharding import load_whole, whole_tensors
 
 SCHEMA = 1
 FOLDER = "checkpoints"
@@ -37,12 +41,14 @@ class Training:
         average: Its moving average.
         optimiser: AdamW.
         scaler: The loss scaler of fp16, or None.
+        world: The processes of the run: all take part in a checkpoint, and the first writes it.
     """
 
     model: DynamicModel
     average: MovingAverage
     optimiser: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None
+    world: World = ALONE
 
 
 @dataclass(frozen=True)
@@ -65,34 +71,59 @@ def write_checkpoint(
 ) -> Path:
     """Write the checkpoint of ``step`` into the run folder ``out`` and remove all but the ``keep`` newest.
 
+    It holds whole tensors, however many processes share them, so that any number of processes can go on from it.
+
     Raises:
         DyditError: if the disk refuses; older checkpoints are untouched then.
     """
     path = out / FOLDER / f"step_{step:07d}"
+    tensors = {
+        "model": changing_state(training.model),
+        "ema": changing_state(training.average.model),
+        "optimizer": state_by_name(training.optimiser, training.model),
+    }
+    files = {name: whole_tensors(held, training.world) for name, held in tensors.items()}
+    if not training.world.is_first:
+        return path
     with artifact_folder(path, overwrite=True) as temporary:
-        save_file(_contiguous(training.model.state_dict()), temporary / "model.safetensors")
-        save_file(_contiguous(training.average.model.state_dict()), temporary / "ema.safetensors")
-        save_file(state_by_name(training.optimiser, training.model), temporary / "optimizer.safetensors")
+        for name, held in files.items():
+            save_file(_contiguous(held), temporary / f"{name}.safetensors")
         scaler = training.scaler.state_dict() if training.scaler is not None else None
         write_json(temporary / "state.json", {"schema": SCHEMA, "step": step, "scaler": scaler, **facts})
+        flush(temporary)
     for older in checkpoints(out)[:-keep]:
-        shutil.rmtree(older.path, ignore_errors=True)
+        remove_folder(older.path)
     return path
 
 
 def checkpoints(out: Path) -> list[Checkpoint]:
-    """The checkpoints of a run folder, by step."""
+    """The checkpoints of a run folder, by step; one that does not say its step is none."""
     found = []
-    for state in (out / FOLDER).glob("*/state.json"):
-        # A temporary folder of a killed process begins with a dot; it is not whole.
-        if state.parent.name.startswith("."):
-            continue
+    for folder in _folders(out):
         try:
-            content = json.loads(state.read_text(encoding="utf-8"))
-            found.append(Checkpoint(state.parent, int(content["step"]), content))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise _damaged(state.parent, error) from error
+            content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            found.append(Checkpoint(folder, int(content["step"]), content))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
     return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def nameless(out: Path) -> list[Path]:
+    """Folders among the checkpoints that do not say their step: damaged ones."""
+    known = {checkpoint.path for checkpoint in checkpoints(out)}
+    return [folder for folder in _folders(out) if folder not in known]
+
+
+def forget_after(out: Path, step: int) -> None:
+    """Remove the checkpoints of a run folder that are damaged or lie beyond ``step``, from which it goes on."""
+    beyond = [checkpoint.path for checkpoint in checkpoints(out) if checkpoint.step > step]
+    for folder in (*nameless(out), *beyond):
+        remove_folder(folder)
+
+
+def _folders(out: Path) -> list[Path]:
+    # A temporary folder of a killed process begins with a dot; it is not whole.
+    return sorted(path for path in (out / FOLDER).glob("step_*") if path.is_dir())
 
 
 def read_checkpoint(checkpoint: Checkpoint, training: Training) -> None:
@@ -102,8 +133,9 @@ def read_checkpoint(checkpoint: Checkpoint, training: Training) -> None:
         DyditError: if a file is missing or damaged, or is of another model.
     """
     try:
-        training.model.load_state_dict(load_file(checkpoint.path / "model.safetensors"))
-        training.average.model.load_state_dict(load_file(checkpoint.path / "ema.safetensors"))
+        for model, name in ((training.model, "model"), (training.average.model, "ema")):
+            tensors = load_file(checkpoint.path / f"{name}.safetensors")
+            load_whole(model, with_frozen_state(model, tensors))
         moments = load_file(checkpoint.path / "optimizer.safetensors")
         load_state_by_name(training.optimiser, training.model, moments)
         if training.scaler is not None and checkpoint.facts.get("scaler"):
@@ -121,5 +153,5 @@ def _damaged(path: Path, error: Exception) -> DyditError:
     return DyditError(
         f"The checkpoint {path} cannot be read.",
         why=f"A file of it is missing, damaged or of another model: {first_line[:200]}.",
-        fix="Delete this folder to resume from the checkpoint before it, or start again with --overwrite.",
+        fix="Restore it from a copy, or start again with --overwrite.",
     )

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from dydit_cli.data import DataSplit
 from dydit_cli.families.backbone import DynamicTransformer
-from dydit_cli.flops import executed_ratio
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.objectives import HeldOutDraws, RatioReport, measure
 from dydit_cli.recipe.schema import FinetuneSection
 from dydit_cli.training import feedback
 from dydit_cli.training.budgets import calibrate_budgets
 from dydit_cli.training.calibration import Calibration, calibrate
 from dydit_cli.training.parts import TrainingParts
-from dydit_cli.training.step import NoisyBatch, batch_ratio
+from dydit_cli.training.step import NoisyBatch, mean_ratio
 from dydit_cli.training.stepping import Stepper
+from dydit_cli.training.targets import TimeCost
 
 
 class Measuring:
@@ -46,41 +49,63 @@ class Measuring:
         """Look at the realised ratio where it is due, and let the control see it once the target has come down."""
         target = self._stepper.target(step)
         controls = self._controls and due(step + 1, feedback.EVERY) and target == self._settings.target_ratio
-        if not (controls or due(step + 1, self._settings.log_every)):
+        logged = due(step + 1, self._settings.log_every) or step + 1 == self._settings.steps
+        if not (controls or logged):
             return None
-        realised = self._realised(noisy)
+        realised = self._realised(noisy, self._stepper.budget(step))
         if controls:
             self.feedback.see(realised, target)
         return realised
 
     @torch.no_grad()
-    def _realised(self, noisy: NoisyBatch) -> float:
+    def _realised(self, noisy: NoisyBatch, budget: float | None) -> float:
         """The moving average's ratio on a batch, with thresholds: what training's own masks are to become."""
-        model = self._parts.average.model
-        _, routing = model.denoise(noisy.noisy, noisy.t, noisy.condition)
-        weights = self._parts.objective.for_shape(noisy.clean.shape[1:]).ratio_weights(noisy.t)
-        return float(batch_ratio(executed_ratio(routing, model.geometry), weights, self._stepper.reduce_mean))
+        average = self._parts.average
+        if budget is not None:
+            average.model.set_budget(budget)
+        ratios = []
+        for part in noisy.parts(self._settings.accumulate):
+            _, routing = average.denoise(part.noisy, part.t, part.condition)
+            ratios.append(mean_ratio(routing, average.model.geometry, part, self._parts.cost))
+        if budget is not None:
+            average.model.set_budget(self._settings.target_ratio)
+        return float(self._stepper.reduce_mean(torch.stack(ratios).mean()))
+
+    def _measure(self, model: DynamicModel, draws: HeldOutDraws) -> RatioReport:
+        """`measure` of the moving average, shared by the processes."""
+        parts = self._parts
+        cost = parts.cost if isinstance(parts.cost, TimeCost) else None
+        return measure(
+            model, draws, device=parts.device, denoise=parts.average.denoise, world=parts.world, cost=cost
+        )
+
+    def _towards_target(self, model: DynamicModel, draws: HeldOutDraws) -> RatioReport:
+        """The same with what the target refers to as the ratio."""
+        report = self._measure(model, draws)
+        return replace(report, ratio=report.targeted)
 
     def calibrated(self, done: int) -> Calibration | None:
         """Correct the moving average's routers, once the target has come down; checkpoints stay as they are, so that a run which
         goes on later does so from what it has learned.
         """
         settings, model = self._settings, self._parts.average.model
-        ramped = done >= settings.full_width_steps + settings.ramp_steps
+        ramped = done + self._stepper.ahead >= settings.full_width_steps + settings.ramp_steps
         if not (self._parts.dynamic and settings.calibrate and ramped):
             return None
         self._last = None
         if settings.budgets is not None and isinstance(model, DynamicTransformer):
-            calibrate_budgets(model, self._data.train, self._parts.objective)
+            calibrate_budgets(model, self._data.train, self._parts.objective, self._towards_target)
             return None
-        return calibrate(model, self._data.train, self._parts.objective, settings.target_ratio)
+        return calibrate(
+            model, self._data.train, self._parts.objective, settings.target_ratio, self._towards_target
+        )
 
     def held_out(self, done: int, images: int) -> RatioReport:
         """The moving average's ratio and loss after ``done`` steps; measured once, as the last step's may be asked for twice."""
         key = (done, images)
         if self._last is None or self._last[0] != key:
             draws = HeldOutDraws(self._data.held_out, self._parts.objective, images)
-            self._last = (key, measure(self._parts.average.model, draws))
+            self._last = (key, self._measure(self._parts.average.model, draws))
         return self._last[1]
 
 

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from dydit_cli.dynamic.routers import keep_everything
 from dydit_cli.errors import DyditError
 from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.families.registry import family_of
 from dydit_cli.objectives import Objective, objective_of
 from dydit_cli.objectives.rectified import RectifiedFlowObjective
+from dydit_cli.processes.world import ALONE, World
 from dydit_cli.recipe.schema import FinetuneSection
 from dydit_cli.training.accelerator import make_accelerator
 from dydit_cli.training.average import MovingAverage
+from dydit_cli.training.method import begin_method, below
 from dydit_cli.training.optimiser import make_optimiser
+from dydit_cli.training.sharding import Autocast, ShardedTeacher, shard
 from dydit_cli.training.step import Denoiser
+from dydit_cli.training.targets import Cost, cost_of
 from dydit_cli.training.teacher import FrozenTeacher, Teacher
 
 TIMESTEP_KEYS = ("timestep_location", "timestep_scale", "timestep_shift")
@@ -39,8 +45,10 @@ class TrainingParts:
         accelerator: Autocast, gradient scaling, reductions.
         objective: The family's, with the recipe's distribution of timesteps.
         teacher: Whose predictions are learned, or None for the data's own targets.
+        cost: What the target refers to.
         dynamic: Whether masks train; else everything is on, which is the static control.
         device: Where.
+        world: The processes that train together.
         warnings: What looked odd, for the console.
     """
 
@@ -51,13 +59,23 @@ class TrainingParts:
     accelerator: Accelerator
     objective: Objective
     teacher: Teacher | None
+    cost: Cost
     dynamic: bool
     device: torch.device
+    world: World
     warnings: list[str]
 
 
-def assemble(settings: FinetuneSection, model: DynamicModel, device: torch.device) -> TrainingParts:
+def assemble(
+    settings: FinetuneSection, model: DynamicModel, device: torch.device, world: World = ALONE
+) -> TrainingParts:
     """Put the parts of a run together; ``model`` is changed into what trains.
+
+    Args:
+        settings: The recipe's section.
+        model: Whole, also where it is to be spread over processes.
+        device: Of this process.
+        world: The processes that train together.
 
     Raises:
         DyditError: If the settings do not fit the model or the machine.
@@ -68,23 +86,37 @@ def assemble(settings: FinetuneSection, model: DynamicModel, device: torch.devic
         warnings.append(DAMAGES_GUIDANCE)
     # A target of 1 is the static control: everything on, routers frozen, all else equal.
     dynamic = settings.target_ratio < 1 or settings.budgets is not None
-    for parameter in model.router_parameters():
-        parameter.requires_grad_(dynamic)
+    if not dynamic:
+        keep_everything(model)
+        for parameter in model.router_parameters():
+            parameter.requires_grad_(False)
     # Before anything is loaded from a checkpoint: a resumed run has the teacher that it was started with.
-    teacher = FrozenTeacher(model) if loss == "distillation" else None
+    sharded = settings.sharding == "fsdp2" and world.joined
+    # In fp32 as in one process: neither teacher nor average runs under autocast.
+    spread = partial(shard, world=world, device=device, mixed_precision="no")
+    begin_method(settings, model)
+    teacher: Teacher | None = None
+    if loss == "distillation":
+        shares = settings.method != "full"
+        teacher = (
+            ShardedTeacher(model, spread) if sharded else FrozenTeacher(below(model), shares_weights=shares)
+        )
     if settings.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    average = MovingAverage(model, settings.ema_decay)
-    accelerator = make_accelerator(device, settings.mixed_precision)
-    denoiser, optimiser = accelerator.prepare(
-        Denoiser(model),
+    average = MovingAverage(model, settings.ema_decay, spread if sharded else None)
+    accelerator = make_accelerator(device, settings.mixed_precision, world)
+    # After sharding, which replaces parameters. accelerate would wrap what is sharded once more, so it is not shown that.
+    root = shard(model, world, device, settings.mixed_precision) if sharded else Denoiser(model)
+    optimiser = accelerator.prepare(
         make_optimiser(
             model,
             learning_rate=settings.learning_rate,
             router_learning_rate=settings.router_learning_rate or settings.learning_rate,
             weight_decay=settings.weight_decay,
-        ),
+            kind=settings.optimiser,
+        )
     )
+    denoiser = Autocast(root, accelerator) if sharded else accelerator.prepare(root)
     return TrainingParts(
         model=model,
         average=average,
@@ -93,8 +125,10 @@ def assemble(settings: FinetuneSection, model: DynamicModel, device: torch.devic
         accelerator=accelerator,
         objective=_objective(settings, model),
         teacher=teacher,
+        cost=cost_of(settings, model),
         dynamic=dynamic,
         device=device,
+        world=world,
         warnings=warnings,
     )
 

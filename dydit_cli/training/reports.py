@@ -26,6 +26,8 @@ class StepReport:
         ema_loss: Its denoising loss on the same held-out samples.
         checkpoint: The checkpoint written after this step.
         sample: The sample grid written after this step.
+        bad_samples: Samples that could not be read so far, under ``on_bad_sample: skip``.
+        notes: What the user should be told.
     """
 
     step: int
@@ -41,6 +43,8 @@ class StepReport:
     ema_loss: float | None = None
     checkpoint: Path | None = None
     sample: Path | None = None
+    bad_samples: int = 0
+    notes: tuple[str, ...] = ()
 
     def line(self) -> dict[str, Any]:
         """The line of ``metrics.jsonl``."""
@@ -56,6 +60,7 @@ class StepReport:
             "learning_rate": self.learning_rate,
             "grad_norm": self.grad_norm,
             "images_per_second": self.images_per_second,
+            "bad_samples": self.bad_samples,
         }
 
 
@@ -75,6 +80,7 @@ class FinetuneResult:
         trained_ratio: Mean ratio of the masks that the last steps of this process trained with; None if it trained none.
         uncalibrated_ratio: The realised ratio before the last correction; None where there was none.
         router_shift: What that correction added to all router logits.
+        time_ratio: The moving average's time by the latency table, relative to the static model; None where the target is MACs.
         seconds: Time of the training steps of this process.
         images_per_second: Over them; None if this process trained no step.
     """
@@ -94,6 +100,12 @@ class FinetuneResult:
     trained_ratio: float | None = None
     uncalibrated_ratio: float | None = None
     router_shift: float = 0.0
+    time_ratio: float | None = None
+
+    @property
+    def targeted(self) -> float:
+        """What the target refers to."""
+        return self.ratio if self.time_ratio is None else self.time_ratio
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest and ``--json``."""

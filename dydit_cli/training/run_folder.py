@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,15 +18,17 @@ from dydit_cli.artifacts import (
     artifact_folder,
     atomic_write,
     read_manifest,
-    save_model,
     write_manifest,
     writing,
 )
+from dydit_cli.artifacts.leftovers import clear_leftovers, temporary_folder
 from dydit_cli.artifacts.writing import refuse_existing
 from dydit_cli.errors import DyditError
 from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.recipe.loading import Recipe
 from dydit_cli.recipe.schema import FinetuneSection
+from dydit_cli.training.checkpoint import FOLDER, forget_after
+from dydit_cli.training.method import save_result
 from dydit_cli.training.reports import StepReport
 
 STAGE = "finetune"
@@ -36,7 +38,9 @@ MAY_CHANGE = frozenset(
         # extended.
         *("steps", "log_every", "evaluate_every", "sample_every", "checkpoint_every", "keep_checkpoints"),
         # Where: the same numbers up to rounding.
-        *("device", "num_workers"),
+        *("device", "num_workers", "processes", "sharding", "accumulate", "gradient_checkpointing"),
+        # What is done about a file that cannot be read, which the run may have stopped at; and who is told.
+        *("on_bad_sample", "trackers"),
         # The way the command was given.
         *("out", "resume", "overwrite"),
     }
@@ -54,6 +58,7 @@ class RunFolder:
         recipe_yaml: The resolved recipe, kept beside the weights.
         resumed_from: Step of the checkpoint that the run continues from, or None for a new run.
         begun: Whether this process has written to the folder.
+        writes: Whether this process is the one that writes.
     """
 
     settings: FinetuneSection
@@ -61,6 +66,7 @@ class RunFolder:
     recipe_yaml: str
     resumed_from: int | None = None
     begun: bool = False
+    writes: bool = True
 
     @property
     def path(self) -> Path:
@@ -73,6 +79,9 @@ class RunFolder:
         Raises:
             DyditError: if the disk refuses; a new run's folder is not there then.
         """
+        if not self.writes:
+            self.begun = True
+            return
         if self.resumed_from is None:
             with artifact_folder(self.path, overwrite=self.settings.overwrite) as temporary:
                 self._explain(temporary, {"completed": False})
@@ -80,11 +89,14 @@ class RunFolder:
             self.begun = True
             return
         self.begun = True
+        forget_after(self.path, self.resumed_from)
         self._cut_metrics(self.resumed_from)
         self._explain(self.path, {"completed": False, "resumed_from": self.resumed_from})
 
     def log(self, report: StepReport) -> None:
         """Append a line to ``metrics.jsonl``."""
+        if not self.writes:
+            return
         with writing(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(report.line()) + "\n")
 
@@ -94,11 +106,17 @@ class RunFolder:
         Raises:
             DyditError: if the disk refuses; the checkpoints are untouched then.
         """
-        with writing(self.path), tempfile.TemporaryDirectory(prefix=".final.", dir=self.path) as temporary:
-            save_model(model, temporary)
-            # Whoever finds config.json finds all weights.
-            for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json"):
-                os.replace(file, self.path / file.name)
+        with writing(self.path):
+            temporary = temporary_folder(self.path / "final")
+            try:
+                save_result(model, temporary, self.settings)
+                # Whoever finds config.json finds all weights.
+                for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+                    if file.is_dir():
+                        shutil.rmtree(self.path / file.name, ignore_errors=True)
+                    os.replace(file, self.path / file.name)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
         self._explain(self.path, {"completed": True, **results})
 
     def _explain(self, folder: Path, results: Mapping[str, Any]) -> None:
@@ -134,6 +152,14 @@ def _lines(metrics: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
     return lines
+
+
+def clear_killed(out: Path) -> list[Path]:
+    """Remove what killed processes of this run left half-written: in its folder, among its checkpoints and samples, and beside it."""
+    found = clear_leftovers(out.parent, out.name)
+    for folder in (out, out / FOLDER, out / "samples"):
+        found += clear_leftovers(folder)
+    return found
 
 
 def recipe_text(settings: FinetuneSection, recipe: Recipe | None = None) -> str:

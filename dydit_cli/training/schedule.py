@@ -19,6 +19,18 @@ def target_at(step: int, final: float, full_width_steps: int, ramp_steps: int) -
     return 1.0 + (final - 1.0) * done / ramp_steps
 
 
+def steps_ahead(start: float, final: float, full_width_steps: int, ramp_steps: int) -> int:
+    """At which step of the schedule a model stands that was calibrated to a ratio of ``start`` before any training [ours].
+
+    It joins where the target is what it realises, and has the rest of the ramp before it; 0 for the complete model.
+    """
+    if start >= 1:
+        return 0
+    if start <= final:
+        return full_width_steps + ramp_steps
+    return full_width_steps + round(ramp_steps * (1 - start) / (1 - final))
+
+
 def noise_scale_at(
     gating: str, step: int, full_width_steps: int, ramp_steps: int, anneal_steps: int | None
 ) -> float:

@@ -24,6 +24,7 @@ from dydit_cli.families.text_condition import Condition, TextCondition
 from dydit_cli.flops import executed_ratio
 from dydit_cli.objectives import Objective
 from dydit_cli.randomness import normal, uniform
+from dydit_cli.training.targets import Cost
 from dydit_cli.training.teacher import Teacher
 
 GUIDANCE_RANGE = (1.0, 5.0)
@@ -64,6 +65,7 @@ class NoisyBatch:
         t: (B,), stratified.
         condition: (B,) labels, some replaced by the null class; or texts, with guidance drawn for models that take it.
         routing_noise: For the Gumbel gates.
+        ratio_weights: (B,) weights of the samples in the mean ratio, 1 on average over the global batch; None for equal ones.
     """
 
     clean: Tensor
@@ -72,6 +74,23 @@ class NoisyBatch:
     t: Tensor
     condition: Condition
     routing_noise: RoutingNoise
+    ratio_weights: Tensor | None = None
+
+    def parts(self, count: int) -> list[NoisyBatch]:
+        """The batch cut into ``count`` equal parts, in its order."""
+        size = len(self.clean) // count
+        return [self._rows(slice(start, start + size)) for start in range(0, size * count, size)]
+
+    def _rows(self, rows: slice) -> NoisyBatch:
+        return NoisyBatch(
+            self.clean[rows],
+            self.noise[rows],
+            self.noisy[rows],
+            self.t[rows],
+            self.condition[rows],
+            self.routing_noise.rows(rows),
+            None if self.ratio_weights is None else self.ratio_weights[rows],
+        )
 
 
 def draw(
@@ -83,9 +102,10 @@ def draw(
     step: int,
     label_dropout: float,
     device: torch.device,
+    reduce_mean: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> NoisyBatch:
     """Noise a batch for the (0-based) ``step``. Numbers are drawn on the CPU, so that every device trains
-    on the same ones.
+    on the same ones. ``reduce_mean`` is the mean of a tensor over processes.
     """
 
     def uniforms(name: str) -> Tensor:
@@ -96,6 +116,10 @@ def draw(
     clean = batch.clean.to(device)
     noise = torch.stack([normal(seed, shape, "noise", step, index) for index in batch.indices]).to(device)
     t = at_shape.draw_timesteps(uniforms("timestep"), batch.indices).to(device)
+    weights = at_shape.ratio_weights(t)
+    if weights is not None:
+        # Normalised by what was drawn: a batch of heavy samples must not pass for a costly model.
+        weights = weights / reduce_mean(weights.mean())
     return NoisyBatch(
         clean=clean,
         noise=noise,
@@ -103,6 +127,7 @@ def draw(
         t=t,
         condition=drawn_condition(batch.condition, uniforms, geometry.num_classes, label_dropout).to(device),
         routing_noise=RoutingNoise.draw(geometry, seed, step, batch.indices, device),
+        ratio_weights=weights,
     )
 
 
@@ -144,11 +169,11 @@ class StepLoss:
 
 
 def global_mean(local: Tensor, reduce_mean: Callable[[Tensor], Tensor]) -> Tensor:
-    """The mean over processes with this process's gradient.
+    """The mean over processes, and over the parts of an accumulated batch, with the gradient of what is at hand.
 
     The paper's ratio is a mean over the global batch. Since DDP averages gradients, adding the difference to
     the other processes as a constant gives the exact gradient of the squared global mean; squaring each local
-    mean would not.
+    mean would not. The same holds for the parts of a batch whose gradients are averaged one after the other.
     """
     return local + (reduce_mean(local.detach()) - local).detach()
 
@@ -168,6 +193,7 @@ def step_loss(
     teacher: Teacher | None = None,
     noise_scale: float = 1.0,
     budget: float | None = None,
+    cost: Cost = executed_ratio,
 ) -> StepLoss:
     """Run the forward passes of a step and add up its loss.
 
@@ -181,10 +207,11 @@ def step_loss(
         temperature: Of the Gumbel-sigmoid.
         target: Of the mean ratio.
         ratio_weight: w.
-        reduce_mean: Mean of a tensor over processes.
+        reduce_mean: From the mean ratio at hand to that of the global batch.
         teacher: Whose predictions are matched; the data's own targets are, without one.
         noise_scale: Of the routing noise; see `GumbelGating`.
         budget: What the routers are told, of a model with budgets.
+        cost: What the target refers to.
     """
     # Static execution of the complete model is dense execution with everything on, bit for bit, and a little
     # faster.
@@ -195,9 +222,7 @@ def step_loss(
     outcomes = denoiser(batch.noisy, batch.t, batch.condition, branches)
     taught = teacher.predict(batch.noisy, batch.t, batch.condition) if teacher is not None else None
     parts = [_parts(objective, prediction, batch, taught) for prediction, _ in outcomes]
-    at_shape = geometry_of(geometry, batch.clean.shape, batch.condition)
-    weights = objective.for_shape(batch.clean.shape[1:]).ratio_weights(batch.t)
-    ratio = batch_ratio(executed_ratio(outcomes[0][1], at_shape), weights, reduce_mean)
+    ratio = global_mean(mean_ratio(outcomes[0][1], geometry, batch, cost), reduce_mean)
     ratio_loss = (ratio - target) ** 2
     total = sum((part["loss"] for part in parts), start=ratio_weight * ratio_loss)
     terms = {("denoising" if name == "loss" else name): value.detach() for name, value in parts[0].items()}
@@ -207,12 +232,12 @@ def step_loss(
     return StepLoss(total, terms, ratio.detach())
 
 
-def batch_ratio(ratios: Tensor, weights: Tensor | None, reduce_mean: Callable[[Tensor], Tensor]) -> Tensor:
-    """The mean of (B,) ratios over the global batch, weighted if there are (B,) weights, with this process's gradient."""
-    if weights is None:
-        return global_mean(ratios.mean(), reduce_mean)
-    # Normalised by what was drawn: a batch of heavy samples must not pass for a costly model.
-    return global_mean((weights * ratios).mean() / reduce_mean(weights.mean()), reduce_mean)
+def mean_ratio(
+    routing: Routing, geometry: Geometry, batch: NoisyBatch, cost: Cost = executed_ratio
+) -> Tensor:
+    """The mean ratio of a batch's cost, weighted as its timesteps ask for; a scalar with gradient."""
+    ratios = cost(routing, geometry_of(geometry, batch.clean.shape, batch.condition))
+    return (ratios if batch.ratio_weights is None else batch.ratio_weights * ratios).mean()
 
 
 def _parts(

@@ -1,20 +1,33 @@
-"""The optimiser step: forward, backward, clipping, update, moving average."""
+"""The optimiser step: forward, backward, clipping, update, moving average; for a batch in parts and in several processes.
+
+The ratio's loss is the square of a mean over the global batch, so that the gradient of one part needs the ratio of all. Other
+processes are asked for theirs after the forward. The parts of an accumulated batch come one after the other: their masks are drawn
+ahead in a pass without gradients, with the same noise and therefore the same outcome, and the gradient is exact [ours]. That costs
+one forward a part, which training without a ratio (the static control, or a weight of 0) is spared.
+"""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from dydit_cli.data import Batch
+from dydit_cli.dynamic.gates import GumbelGating
 from dydit_cli.recipe.schema import FinetuneSection
 from dydit_cli.training.budgets import budget_at
 from dydit_cli.training.parts import TrainingParts
 from dydit_cli.training.reports import StepReport
-from dydit_cli.training.schedule import noise_scale_at, target_at
-from dydit_cli.training.step import NoisyBatch, StepLoss, draw, step_loss
+from dydit_cli.training.schedule import noise_scale_at, steps_ahead, target_at
+from dydit_cli.training.sharding import whole
+from dydit_cli.training.starting import start_of
+from dydit_cli.training.step import NoisyBatch, StepLoss, draw, mean_ratio, step_loss
 
 
 class Diverged(Exception):
@@ -51,11 +64,17 @@ class Stepper:
     Args:
         settings: The recipe's section.
         parts: What trains.
+
+    Attributes:
+        ahead: Steps of the schedule that a calibrated model need not make.
     """
 
     def __init__(self, settings: FinetuneSection, parts: TrainingParts) -> None:
         self._settings = settings
         self._parts = parts
+        self.ahead = steps_ahead(
+            start_of(settings.model), settings.target_ratio, settings.full_width_steps, settings.ramp_steps
+        )
 
     def step(self, batch: Batch, step: int, offset: float) -> Stepped:
         """One optimiser step and the update of the moving average.
@@ -70,25 +89,30 @@ class Stepper:
         """
         started = time.perf_counter()
         settings, parts = self._settings, self._parts
-        noisy = self._noised(batch, step)
-        loss = self._loss(noisy, step, offset)
-        _check_finite(float(loss.total.detach()), "loss")
+        noisy = self.noised(batch, step)
+        cut = noisy.parts(settings.accumulate)
+        global_ratio = self._ratio_ahead(cut, step) if len(cut) > 1 else self.reduce_mean
         parts.optimiser.zero_grad(set_to_none=True)
-        parts.accelerator.backward(loss.total)
+        losses = []
+        for number, part in enumerate(cut, start=1):
+            with self._gathering(last=number == len(cut)):
+                loss = self._loss(part, step, offset, global_ratio)
+                parts.accelerator.backward(loss.total / len(cut))
+            losses.append(loss)
+        told = self._mean_of(losses)
+        _check_finite(told["loss"], "loss")
         norm = self._clip()
         # Under fp16 an overflow is ordinary: the scaler skips the step and lowers its scale.
         if settings.mixed_precision != "fp16":
             _check_finite(norm, "gradient")
         parts.optimiser.step()
         parts.average.update(parts.model, step)
-        names = list(loss.terms)
-        total, ratio, *terms = torch.stack([loss.total.detach(), loss.ratio, *loss.terms.values()]).tolist()
         seconds = time.perf_counter() - started
         report = StepReport(
             step=step + 1,
-            loss=total,
-            terms=dict(zip(names, terms, strict=True)),
-            trained_ratio=ratio,
+            loss=told.pop("loss"),
+            trained_ratio=told.pop("ratio"),
+            terms=told,
             target=self.target(step),
             learning_rate=settings.learning_rate,
             grad_norm=norm,
@@ -98,16 +122,60 @@ class Stepper:
 
     def target(self, step: int) -> float:
         """The schedule's target of the (0-based) ``step``."""
-        settings, budget = self._settings, self._budget(step)
+        settings, budget = self._settings, self.budget(step)
         final = settings.target_ratio if budget is None else budget
-        return target_at(step, final, settings.full_width_steps, settings.ramp_steps)
+        return target_at(step + self.ahead, final, settings.full_width_steps, settings.ramp_steps)
 
-    def reduce_mean(self, value: torch.Tensor) -> torch.Tensor:
+    def reduce_mean(self, value: Tensor) -> Tensor:
         """The mean over processes."""
-        mean: torch.Tensor = self._parts.accelerator.reduce(value, "mean")
-        return mean
+        return self._parts.world.mean(value)
 
-    def _noised(self, batch: Batch, step: int) -> NoisyBatch:
+    def _gathering(self, last: bool) -> AbstractContextManager[None]:
+        """Let gradients pile up here until those of the last part go to the other processes with them.
+
+        Shards are handed round after every part instead: whole gradients would not fit.
+        """
+        parts = self._parts
+        if last or not isinstance(parts.denoiser, DistributedDataParallel):
+            return nullcontext()
+        held: AbstractContextManager[None] = parts.denoiser.no_sync()
+        return held
+
+    def _ratio_ahead(self, cut: Sequence[NoisyBatch], step: int) -> Callable[[Tensor], Tensor]:
+        """The mean ratio of the global batch, before any of its parts is trained on; see the module."""
+        settings, parts = self._settings, self._parts
+        if not parts.dynamic or settings.ratio_weight == 0:
+            return self.reduce_mean
+        with torch.no_grad():
+            ratios = []
+            for part in cut:
+                gating = GumbelGating(part.routing_noise, *self._sampling(step))
+                ((_, routing),) = parts.denoiser(part.noisy, part.t, part.condition, [("dense", gating)])
+                ratios.append(mean_ratio(routing, parts.model.geometry, part, parts.cost))
+            known = self.reduce_mean(torch.stack(ratios).mean())
+        return lambda local: known
+
+    def _mean_of(self, losses: Sequence[StepLoss]) -> dict[str, float]:
+        """Loss, ratio and terms over all parts and processes."""
+        names = ["loss", "ratio", *losses[0].terms]
+        rows = [torch.stack([loss.total.detach(), loss.ratio, *loss.terms.values()]) for loss in losses]
+        means = self.reduce_mean(torch.stack(rows).mean(dim=0))
+        return dict(zip(names, means.tolist(), strict=True))
+
+    def _sampling(self, step: int) -> tuple[float, float, float | None]:
+        """Temperature, scale of the noise, and budget of a step."""
+        settings = self._settings
+        scale = noise_scale_at(
+            settings.gating,
+            step + self.ahead,
+            settings.full_width_steps,
+            settings.ramp_steps,
+            settings.anneal_steps,
+        )
+        return settings.temperature, scale, self.budget(step)
+
+    def noised(self, batch: Batch, step: int) -> NoisyBatch:
+        """A batch with all that is drawn for the (0-based) ``step``."""
         settings, parts = self._settings, self._parts
         return draw(
             batch,
@@ -117,10 +185,14 @@ class Stepper:
             step=step,
             label_dropout=settings.label_dropout,
             device=parts.device,
+            reduce_mean=self.reduce_mean,
         )
 
-    def _loss(self, noisy: NoisyBatch, step: int, offset: float) -> StepLoss:
+    def _loss(
+        self, noisy: NoisyBatch, step: int, offset: float, global_ratio: Callable[[Tensor], Tensor]
+    ) -> StepLoss:
         settings, parts = self._settings, self._parts
+        temperature, noise_scale, budget = self._sampling(step)
         return step_loss(
             parts.denoiser,
             parts.objective,
@@ -130,18 +202,18 @@ class Stepper:
             complete_branch=parts.dynamic
             and step < settings.complete_branch_steps
             and step % settings.complete_branch_every == 0,
-            temperature=settings.temperature,
+            temperature=temperature,
             target=self.target(step) - offset,
             ratio_weight=settings.ratio_weight,
-            reduce_mean=self.reduce_mean,
+            reduce_mean=global_ratio,
             teacher=parts.teacher,
-            budget=self._budget(step),
-            noise_scale=noise_scale_at(
-                settings.gating, step, settings.full_width_steps, settings.ramp_steps, settings.anneal_steps
-            ),
+            budget=budget,
+            noise_scale=noise_scale,
+            cost=parts.cost,
         )
 
-    def _budget(self, step: int) -> float | None:
+    def budget(self, step: int) -> float | None:
+        """What the (0-based) ``step`` trains for and tells the routers, of a run with budgets."""
         settings = self._settings
         return None if settings.budgets is None else budget_at(settings.budgets, settings.seed, step)
 
@@ -151,7 +223,7 @@ class Stepper:
         parts.accelerator.unscale_gradients(parts.optimiser)
         parameters = [parameter for parameter in parts.model.parameters() if parameter.grad is not None]
         limit = self._settings.max_grad_norm or float("inf")
-        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        return float(whole(torch.nn.utils.clip_grad_norm_(parameters, limit)))
 
 
 def _check_finite(value: float, what: str) -> None:

@@ -31,10 +31,14 @@ class FrozenTeacher:
 
     Args:
         model: As it is before its first step.
+        shares_weights: Whether its weights will not change, so that they are held once. Its routers may: none is asked.
     """
 
-    def __init__(self, model: DynamicModel) -> None:
-        self._model = copy.deepcopy(model).eval().requires_grad_(False)
+    def __init__(self, model: DynamicModel, shares_weights: bool = False) -> None:
+        tensors = (*model.parameters(), *model.buffers()) if shares_weights else ()
+        self._model = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
+        if not shares_weights:
+            self._model.requires_grad_(False)
         self._executor = model.make_executor("static")
 
     @torch.no_grad()

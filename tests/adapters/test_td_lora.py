@@ -13,7 +13,6 @@ from dydit_cli.adapters.attaching import (
     ADAPTER,
     AdapterKind,
     AdapterSettings,
-    adaptable_layers,
     adapted_layers,
     attach,
     trainable_share,
@@ -22,6 +21,10 @@ from dydit_cli.adapters.storing import load_adapters, read_settings, save_adapte
 from dydit_cli.adapters.td_lora import TDLoraLinear
 from dydit_cli.errors import DyditError
 from dydit_cli.families.dynamic_model import DynamicModel
+from dydit_cli.families.registry import preset_named
+from dydit_cli.families.timed_layers import adaptable_layers
+from dydit_cli.recipe.loading import load_recipe
+from dydit_cli.recipe.schema import FinetuneSection
 from tests.tiny import tiny_model
 
 LAYER = "blocks.1.attn.qkv"
@@ -64,7 +67,7 @@ def test_forward_is_the_mixture_of_experts() -> None:
     model = filled(attach(tiny_model("dit"), TD_LORA))
     layer, inputs, times = layer_of(model), inputs_of(model), embeddings(model)
     first = layer.lora_A[ADAPTER].weight
-    weights = layer.mixture(ADAPTER, times)
+    weights = layer.factor(ADAPTER).mixture(times)
     assert weights.shape == (3, 4)
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(3))
     expected = layer.base_layer(inputs)
@@ -72,7 +75,8 @@ def test_forward_is_the_mixture_of_experts() -> None:
         for number, second in enumerate(layer.experts(ADAPTER)):
             expected[sample] += 2.0 * weights[sample, number] * (inputs[sample] @ first.T @ second.T)
     torch.testing.assert_close(layer(inputs, times), expected, rtol=1e-4, atol=1e-4)
-    one = inputs[:1] @ (layer.base_layer.weight + layer.delta(times[:1])).T + layer.base_layer.bias
+    delta = layer.factor(ADAPTER).mixed(times[:1])[0] @ first
+    one = inputs[:1] @ (layer.base_layer.weight + delta).T + layer.base_layer.bias
     torch.testing.assert_close(layer(inputs, times)[:1], one, rtol=1e-4, atol=1e-4)
 
 
@@ -101,6 +105,17 @@ def test_only_adapters_and_routers_train(kind: AdapterKind) -> None:
     assert 0 < trainable_share(model) < 1
 
 
+def test_the_recipe_of_the_published_size_trains_few_parameters() -> None:
+    section = load_recipe("dit-xl-2-256/td-lora", (), "finetune").get(FinetuneSection)
+    assert section is not None
+    assert section.method == "td-lora"
+    family, config = preset_named("dit-xl/2")
+    with torch.device("meta"):
+        settings = AdapterSettings("td-lora", section.lora_rank, section.lora_alpha, section.lora_experts)
+        model = attach(family.model_class(**config), settings)
+    assert trainable_share(model) == pytest.approx(0.01386, abs=5e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_give_the_same_model_back(kind: AdapterKind, tmp_path: Path) -> None:
     settings = AdapterSettings(kind, rank=3, alpha=6, experts=4)
@@ -127,7 +142,7 @@ def test_experts_are_ordinary_peft_folders(tmp_path: Path) -> None:
     time, inputs = embeddings(model, 1), inputs_of(model, 1)
     for name in adaptable_layers(tiny_model("dit"))[:2]:
         ours, theirs = layer_of(model, name), stock.base_model.model.get_submodule(name)
-        for number, weight in enumerate(ours.mixture(ADAPTER, time)[0].tolist()):
+        for number, weight in enumerate(ours.factor(ADAPTER).mixture(time)[0].tolist()):
             theirs.set_scale(f"expert_{number}", weight)
         difference = (theirs(inputs) - ours(inputs, time)).abs().max()
         assert float(difference) <= 4e-6 * float(theirs(inputs).abs().max())

@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from dydit_cli.data import TrainingBatches, open_data
+from dydit_cli.dynamic.gates import GumbelGating
 from dydit_cli.errors import DyditError
 from dydit_cli.families.text_condition import TextCondition
+from dydit_cli.flops import executed_ratio
 from dydit_cli.objectives import objective_of
 from dydit_cli.recipe.schema import FinetuneSection
 from dydit_cli.training import fine_tune
 from dydit_cli.training import prepare as prepare_run
-from dydit_cli.training.step import Denoiser, NoisyBatch, batch_ratio, draw, step_loss
+from dydit_cli.training.step import Denoiser, NoisyBatch, draw, mean_ratio, step_loss
 from dydit_cli.training.teacher import FrozenTeacher
 from tests.flux_parts import prepared, saved_flux, small_flux, write_pictures
 
@@ -31,6 +33,7 @@ def noisy_batch(model: torch.nn.Module, folder: Path, **changes: object) -> Nois
         step=0,
         label_dropout=0.5,
         device=torch.device("cpu"),
+        **changes,  # type: ignore[arg-type]
     )
 
 
@@ -86,12 +89,23 @@ def test_guidance_is_drawn_from_1_to_5_for_models_that_take_it(tmp_path: Path) -
     assert len(set(strengths.tolist())) == 4
 
 
-def test_a_weighted_ratio_has_the_gradient_of_its_samples() -> None:
-    ratios = torch.tensor([0.2, 0.6], requires_grad=True)
-    ratio = batch_ratio(ratios, torch.tensor([3.0, 1.0]), lambda value: value)
-    assert float(ratio) == pytest.approx((3 * 0.2 + 0.6) / 4)
-    (gradient,) = torch.autograd.grad(ratio, ratios)
-    assert gradient.tolist() == pytest.approx([0.75, 0.25])
+def test_a_weighted_ratio_is_a_mean_of_samples_whose_weights_are_1_on_average(tmp_path: Path) -> None:
+    model = small_flux()
+    noisy = noisy_batch(model, tmp_path)
+    weights = noisy.ratio_weights
+    assert weights is not None
+    assert float(weights.mean()) == pytest.approx(1)
+    assert len(set(weights.tolist())) == 4
+    with torch.no_grad():
+        gating = GumbelGating(noisy.routing_noise)
+        _, routing = model.denoise(noisy.noisy, noisy.t, noisy.condition, gating=gating)
+        expected = float((weights * executed_ratio(routing, model.geometry)).mean())
+    assert float(mean_ratio(routing, model.geometry, noisy)) == pytest.approx(expected)
+    others = noisy_batch(model, tmp_path / "others", reduce_mean=lambda value: 2 * value)
+    assert others.ratio_weights is not None
+    assert float(others.ratio_weights.mean()) == pytest.approx(0.5), (
+        "weights are normalised over all processes"
+    )
 
 
 def settings_of(folder: Path, **changes: object) -> FinetuneSection:
@@ -114,6 +128,25 @@ def settings_of(folder: Path, **changes: object) -> FinetuneSection:
         "device": "cpu",
     }
     return FinetuneSection.model_validate(values | changes)
+
+
+def test_ordered_widths_learn_as_prefixes(tmp_path: Path) -> None:
+    """A step's masks are prefixes in both streams, and its gradient reaches every router of widths."""
+    model = small_flux(width="ordered")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "_router.linear.bias" in name:
+                # Half of the units, a logit apart.
+                parameter[1:] = 0.5413
+                parameter[0] = 2.5
+    noisy = noisy_batch(model, tmp_path)
+    loss = loss_of(model, noisy, FrozenTeacher(model), dynamic=True)
+    loss.total.backward()  # type: ignore[attr-defined]
+    routers = {n: p.grad for n, p in model.named_parameters() if "head_router" in n or "channel_router" in n}
+    assert len(routers) == 2 * (3 + 2 * 2)
+    for name, gradient in routers.items():
+        assert gradient is not None, name
+        assert gradient.abs().sum() > 0, name
 
 
 def test_flux_distils_by_default_and_resumes_bit_for_bit(tmp_path: Path) -> None:

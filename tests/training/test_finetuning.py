@@ -199,17 +199,12 @@ def test_resume_mistakes(straight: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     run(settings_for(broken))
-    newest = checkpoint.checkpoints(broken / "t")[-1].path
-    (newest / "ema.safetensors").write_bytes((newest / "ema.safetensors").read_bytes()[:1000])
-    with pytest.raises(DyditError, match="cannot be read") as caught:
-        prepare(settings_for(broken, resume=True))
-    assert "Delete this folder" in caught.value.fix
     for entry in checkpoint.checkpoints(broken / "t"):
         for file in entry.path.iterdir():
             file.unlink()
         entry.path.rmdir()
     with pytest.raises(DyditError, match="no checkpoint to resume from"):
-        prepare(settings_for(broken, resume=True))
+        prepare(settings_for(broken, resume=True, steps=9))
 
 
 def test_changed_data_are_refused_on_resume(tmp_path: Path) -> None:
