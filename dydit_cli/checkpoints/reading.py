@@ -49,6 +49,7 @@ class Checkpoint:
         container: ``torch`` or ``safetensors``.
         quantisation: ``fp8`` or ``scaled fp8`` where tensors were stored so and are given as bf16, else "".
         config: The ``config.json`` beside the weights of a folder, which says what tensors cannot.
+        left_out: What else the file holds: keys of other models in an all-in-one file, entries beside the copy that was taken.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class Checkpoint:
     container: str
     quantisation: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -99,14 +101,16 @@ def stored_tensors(path: Path) -> LazyTensors:
     return _stored(path, mapped=True)[0]
 
 
-def _stored(path: Path, *, mapped: bool) -> tuple[LazyTensors, str, str]:
-    """(tensors, copy, container) of a file."""
+def _stored(path: Path, *, mapped: bool) -> tuple[LazyTensors, str, str, tuple[str, ...]]:
+    """(tensors, copy, container, entries beside the copy) of a file."""
     refuse_gguf(path)
     if path.suffix == ".safetensors":
-        return read_header(path), "", "safetensors"
+        return read_header(path), "", "safetensors", ()
     if path.suffix in TORCH_SUFFIXES or zipfile.is_zipfile(path):
-        tensors, copy = _unwrap(_read_torch(path, mapped=mapped), path)
-        return MemoryTensors(tensors), copy, "torch"
+        content = _read_torch(path, mapped=mapped)
+        tensors, copy = _unwrap(content, path)
+        beside = (str(key) for key in content if key != copy) if copy else ()
+        return MemoryTensors(tensors), copy, "torch", tuple(beside)
     raise DyditError(
         f"{path} is not a kind of checkpoint that dydit reads.",
         why=f"Its name ends in '{path.suffix}', not in .safetensors or one of {', '.join(TORCH_SUFFIXES)}.",
@@ -114,7 +118,9 @@ def _stored(path: Path, *, mapped: bool) -> tuple[LazyTensors, str, str]:
     )
 
 
-def _finished(path: Path, stored: LazyTensors, copy: str, container: str) -> Checkpoint:
+def _finished(
+    path: Path, stored: LazyTensors, copy: str, container: str, beside: tuple[str, ...] = ()
+) -> Checkpoint:
     """The diffusion model's tensors under plain names, dequantised where they were fp8."""
     if not stored:
         raise _no_weights(path, "It is whole, but names no tensor.")
@@ -124,7 +130,9 @@ def _finished(path: Path, stored: LazyTensors, copy: str, container: str) -> Che
     quantisation = kind_of(tensors)
     if quantisation:
         tensors = Dequantised(tensors)
-    return Checkpoint(path, tensors, copy, container, quantisation)
+    taken = set(names.values())
+    left_out = (*beside, *(key for key in stored if key not in taken))
+    return Checkpoint(path, tensors, copy, container, quantisation, left_out=left_out)
 
 
 def _open_folder(folder: Path, *, mapped: bool) -> Checkpoint:
@@ -140,6 +148,10 @@ def _open_folder(folder: Path, *, mapped: bool) -> Checkpoint:
         if entry.suffix == ".safetensors" or entry.suffix in TORCH_SUFFIXES
     )
     chosen = [entry for entry in candidates if entry.stem in WEIGHT_NAMES] or candidates
+    # diffusers' older repositories keep the same weights in both forms.
+    safe = [entry for entry in chosen if entry.suffix == ".safetensors"]
+    if safe and len({entry.stem for entry in chosen}) == 1:
+        chosen = safe
     if len(chosen) == 1:
         return replace(_open(chosen[0], mapped=mapped), config=config)
     if not chosen and (folder / "transformer").is_dir():

@@ -14,11 +14,21 @@ import torch
 from dydit_cli.artifacts import artifact_folder, save_model, write_json, write_manifest
 from dydit_cli.artifacts.writing import refuse_existing
 from dydit_cli.checkpoints import Checkpoint, open_checkpoint
-from dydit_cli.checkpoints.builtin import PREFIX, builtin_models, builtin_path
+from dydit_cli.checkpoints.builtin import PREFIX, builtin_models
 from dydit_cli.checkpoints.lazy import lazily
+from dydit_cli.checkpoints.locating import located
+from dydit_cli.conversion.calibration import (
+    Calibration,
+    calibrate_folder,
+    calibrate_model,
+    check_calibration,
+    write_tables,
+)
 from dydit_cli.conversion.importance import (
+    PLUGGED_RANKINGS,
     RANKINGS,
     Importance,
+    RankingRequest,
     magnitude,
     random,
     read_importance,
@@ -27,6 +37,14 @@ from dydit_cli.conversion.importance import (
 )
 from dydit_cli.conversion.insertion import build_from, order_of, set_order
 from dydit_cli.conversion.order import Grouping, order_units
+from dydit_cli.conversion.pruning import (
+    PruningReport,
+    check_prunable,
+    choose_units,
+    prune_model,
+    pruning_report,
+    verify_pruned,
+)
 from dydit_cli.conversion.streamed import write_streamed
 from dydit_cli.conversion.verification import Verification, verify
 from dydit_cli.data import open_data
@@ -60,6 +78,8 @@ class ConversionReport:
         ratio_floor: The least target that training can be given.
         verification: Largest differences between source and artifact.
         loras: FLUX: adapters that were merged, with the number of layers that each changed.
+        pruning: What was cut out for good, of a pruned model, which is static.
+        calibration: What the width routers were set to, of a calibrated model.
     """
 
     out: str
@@ -73,6 +93,8 @@ class ConversionReport:
     ratio_floor: float
     verification: Verification
     loras: tuple[dict[str, Any], ...] = ()
+    pruning: PruningReport | None = None
+    calibration: Calibration | None = None
 
 
 def convert(
@@ -86,9 +108,14 @@ def convert(
     width: str = "free",
     lora: Sequence[str] = (),
     axes_dims_rope: Sequence[int] | None = None,
-    importance: str = "magnitude",
+    prune: float | None = None,
+    importance: str = "auto",
     importance_samples: int = 256,
     data: str | Path | None = None,
+    calibrate: str | Path | None = None,
+    calibrate_ratio: float = 0.8,
+    calibrate_samples: int = 128,
+    calibrate_ranges: int = 8,
     seed: int = 0,
     device: str = "auto",
     max_shard_size: str = "5GB",
@@ -98,10 +125,12 @@ def convert(
 ) -> ConversionReport:
     """Turn a trained static DiT or SiT, or the authors' dynamic DiT, into an artifact that `load_model` loads.
 
-    All units start switched on, so that the result computes what the source computes; it becomes faster by fine-tuning.
+    All units start switched on, so that the result computes what the source computes; it becomes faster by fine-tuning. With
+    ``calibrate``, widths start where training is to bring them, and the result is faster at once.
 
     Args:
-        checkpoint: File, folder, ``builtin:NAME``, or what `open_checkpoint` or `read_checkpoint` returned.
+        checkpoint: File, folder, ``builtin:NAME``, repository of the Hub (``owner/name``, which is downloaded), or what
+            `open_checkpoint` or `read_checkpoint` returned.
         out: Folder of the artifact.
         family: ``dit``, ``sit``, or ``auto`` where the file alone decides.
         num_heads: Attention heads, where the width is not a published one.
@@ -110,11 +139,18 @@ def convert(
         width: ``free`` or ``ordered`` masks of heads and groups.
         lora: FLUX: adapters merged before the ranking, ``FILE:SCALE`` each.
         axes_dims_rope: FLUX: how a head's channels are shared among the rotary axes, where heads have other than 128.
-        importance: ``magnitude``, ``taylor``, ``random``, or scores of an earlier conversion (file or folder).
+        prune: Make a static model instead: cut the least important heads and channels out for good, until this share of attention and
+            MLP MACs is left.
+        importance: ``magnitude``, ``taylor``, ``random``, or scores of an earlier conversion (file or folder); ``auto`` is
+            ``magnitude``, and with ``calibrate`` ``taylor``.
         importance_samples: Samples of the Taylor ranking.
-        data: Training data; only the Taylor ranking needs it.
-        seed: Of routers, random and Taylor rankings.
-        device: Where the Taylor ranking runs.
+        data: Training data; only the Taylor ranking needs it, and takes those of ``calibrate`` without it.
+        calibrate: Training data on which the width routers are set: each range of timesteps keeps the units that it needs.
+        calibrate_ratio: λ, the share of attention and MLP MACs that they leave.
+        calibrate_samples: Samples of each round of the measurement.
+        calibrate_ranges: Ranges of timesteps.
+        seed: Of routers, random and Taylor rankings, and calibration.
+        device: Where the Taylor ranking and the calibration run.
         max_shard_size: Of the weight files.
         overwrite: Whether to replace ``out``.
         recipe_yaml: The resolved recipe, to be kept in the artifact.
@@ -128,10 +164,19 @@ def convert(
     say = on_progress or _silent
     say("reading the checkpoint", 0, 1)
     axes = None if axes_dims_rope is None else tuple(axes_dims_rope)
-    read, hints = _read(checkpoint, Hints(num_heads, num_groups, axes))
+    read, hints = _read(checkpoint, Hints(num_heads, num_groups, axes), say)
     chosen = choose_family(read, _builtin_family(checkpoint) if family == "auto" else family)
     source = chosen.read(read.tensors, replace(hints, config={**read.config, **hints.config}))
     source = replace(source, config={**source.config, **_builtin_sizes(checkpoint, chosen)})
+    if prune is not None:
+        check_prunable(chosen, source, width)
+    if importance == "auto":
+        # Groups that are cut by what data say lose less: a fifth of the channels that are cut last is nearly free.
+        importance = "magnitude" if calibrate is None else "taylor"
+    if importance == "taylor" and data is None:
+        data = calibrate
+    if calibrate is not None:
+        check_calibration(chosen, source, prune)
     if width != "free":
         source = _with_width(chosen, source, width)
     if lora and chosen.objective != STREAMED:
@@ -146,9 +191,14 @@ def convert(
         "grouping": grouping,
         "width": width,
         "lora": list(lora),
+        "prune": prune,
         "importance": importance,
         "importance_samples": importance_samples,
         "data": None if data is None else str(data),
+        "calibrate": None if calibrate is None else str(calibrate),
+        "calibrate_ratio": calibrate_ratio,
+        "calibrate_samples": calibrate_samples,
+        "calibrate_ranges": calibrate_ranges,
         "seed": seed,
         "max_shard_size": max_shard_size,
     }
@@ -172,6 +222,19 @@ def convert(
                 out, chosen, read, written.model, written.importance, grouping, written.verification
             )
             report = replace(report, loras=tuple(asdict(each) for each in written.loras))
+            if calibrate is not None:
+                made = calibrate_folder(
+                    folder,
+                    calibrate,
+                    target=calibrate_ratio,
+                    samples=calibrate_samples,
+                    ranges=calibrate_ranges,
+                    seed=seed,
+                    device=device,
+                    on_progress=say,
+                )
+                write_tables(folder, made.tables)
+                report = replace(report, calibration=made.report)
             _explain(folder, report, settings, read.path, recipe_yaml)
         return report
     model = build_from(chosen, source, seed)
@@ -192,15 +255,39 @@ def convert(
         )
         order = order_units(scores.heads, scores.channels, model.geometry.num_groups, grouping)
         set_order(model, order)
+    calibrated = None
+    if calibrate is not None:
+        calibrated = calibrate_model(
+            model,
+            calibrate,
+            target=calibrate_ratio,
+            samples=calibrate_samples,
+            ranges=calibrate_ranges,
+            seed=seed,
+            device=device,
+            on_progress=say,
+        )
     with artifact_folder(out, overwrite=overwrite) as folder:
         say("writing the model", 0, 1)
-        save_model(model, folder, max_shard_size)
+        pruning = None if prune is None or scores is None else choose_units(scores, model.geometry, prune)
+        made = model if pruning is None else prune_model(chosen, source, pruning)
+        save_model(made, folder, max_shard_size)
         if scores is not None:
             write_importance(folder, scores, order)
+        if calibrated is not None:
+            write_tables(folder, calibrated.tables)
         say("verifying against the source", 0, 1)
-        tensors = {key: tensor for key, tensor in source.tensors.items() if not key.endswith("_order")}
+        if pruning is None:
+            tensors = {key: tensor for key, tensor in source.tensors.items() if not key.endswith("_order")}
+            verification = verify(folder, tensors, seed)
+        else:
+            verification = verify_pruned(folder, model, pruning, seed)
         method = scores.method if scores is not None else "imported"
-        report = _report(out, chosen, read, model, method, order.grouping, verify(folder, tensors, seed))
+        report = _report(out, chosen, read, made, method, order.grouping, verification)
+        if pruning is not None:
+            report = replace(report, pruning=pruning_report(model, made, pruning))
+        if calibrated is not None:
+            report = replace(report, calibration=calibrated.report)
         _explain(folder, report, settings, read.path, recipe_yaml)
     return report
 
@@ -233,7 +320,7 @@ def _with_width(family: Family, source: Source, width: str) -> Source:
     if "width" not in signature(family.model_class.__init__).parameters:
         raise DyditError(
             f"A {family.title} has no width '{width}'.",
-            why="Ordered routers are written for blocks of DiT's form (DiT, SiT, class-conditional Latte).",
+            why="Its blocks have routers of one kind.",
             fix="Leave width out.",
         )
     return replace(source, config={**source.config, "width": width})
@@ -334,26 +421,27 @@ def rank(
         )
         model.to("cpu")
         return scores
+    if importance in PLUGGED_RANKINGS:
+        return PLUGGED_RANKINGS[importance](model, RankingRequest(data, samples, seed, device))
     if Path(importance).exists():
         return read_importance(importance, model.geometry)
+    known = (*RANKINGS, *PLUGGED_RANKINGS)
     raise DyditError(
         f"There is no importance ranking called '{importance}'.",
-        why=f"It is neither one of {', '.join(RANKINGS)} nor an existing file of scores.",
-        fix=did_you_mean(importance, RANKINGS) or "Pass one of these.",
+        why=f"It is neither one of {', '.join(known)} nor an existing file of scores.",
+        fix=did_you_mean(importance, known) or "Pass one of these.",
     )
 
 
-def _read(checkpoint: str | Path | Checkpoint, hints: Hints) -> tuple[Checkpoint, Hints]:
+def _read(checkpoint: str | Path | Checkpoint, hints: Hints, say: Progress) -> tuple[Checkpoint, Hints]:
     """Read a checkpoint; what is known of a shipped one fills in what its user did not say."""
     if isinstance(checkpoint, Checkpoint):
         return checkpoint, hints
-    if not str(checkpoint).startswith(PREFIX):
-        return open_checkpoint(Path(checkpoint).expanduser()), hints
+    opened = open_checkpoint(located(checkpoint, lambda what: say(what, 0, 1)))
     config = _builtin_config(checkpoint)
     heads = hints.num_heads or config.get("num_heads")
     axes = hints.axes_dims_rope or config.get("axes_dims_rope")
-    path = builtin_path(str(checkpoint).removeprefix(PREFIX))
-    return open_checkpoint(path), replace(hints, num_heads=heads, axes_dims_rope=axes)
+    return opened, replace(hints, num_heads=heads, axes_dims_rope=axes)
 
 
 def _builtin_config(checkpoint: str | Path | Checkpoint) -> dict[str, Any]:

@@ -162,13 +162,14 @@ dydit convert --checkpoint {subject.name}/{file} --family {subject.family.name} 
     )
 
 
-def static_card(subject: Subject, file: str, *, exact: bool) -> str:
+def static_card(subject: Subject, file: str, *, exact: bool, diffusers: bool = False) -> str:
     """The card of a static model.
 
     Args:
         subject: The model.
         file: Name of the weight file.
         exact: Whether the tensors are those of the base, bit for bit.
+        diffusers: Whether it is a folder of diffusers' `DiTTransformer2DModel`.
     """
     trained = (
         "They were fine-tuned as part of a dynamic model, whose complete model, all units on, they are."
@@ -177,8 +178,17 @@ def static_card(subject: Subject, file: str, *, exact: bool) -> str:
         if exact
         else ""
     )
+    what = (
+        "the weights of the static model alone, for diffusers' `DiTTransformer2DModel`."
+        if diffusers
+        else f"the weights of the static model alone, in the keys, shapes and unit order of\n{subject.family.reference_url}, for whose "
+        "code it is."
+    )
     load = (
-        f'import torch\n\nweights = torch.load("{subject.name}/{file}", weights_only=True)'
+        "from diffusers import DiTTransformer2DModel\n\n"
+        f'model = DiTTransformer2DModel.from_pretrained("{subject.name}")'
+        if diffusers
+        else f'import torch\n\nweights = torch.load("{subject.name}/{file}", weights_only=True)'
         if file.endswith(".pt")
         else f'from safetensors.torch import load_file\n\nweights = load_file("{subject.name}/{file}")'
     )
@@ -187,8 +197,7 @@ def static_card(subject: Subject, file: str, *, exact: bool) -> str:
         + f"""
 ## Use
 
-`{file}` holds the weights of the static model alone, in the keys, shapes and unit order of
-{subject.family.reference_url}, for whose code it is. {trained}
+`{file}` holds {what} {trained}
 
 ```python
 {load}

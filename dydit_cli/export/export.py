@@ -18,6 +18,7 @@ from dydit_cli.artifacts.writing import refuse_existing
 from dydit_cli.checkpoints import read_checkpoint
 from dydit_cli.errors import DyditError
 from dydit_cli.export.card import original_card, pipeline_card, static_card
+from dydit_cli.export.diffusers_dit import DIFFUSERS_FILE, write_class_config
 from dydit_cli.export.flat import FILES, cast, is_order, static_part, without_identity_orders, write_flat
 from dydit_cli.export.flux import STREAMED, export_flux
 from dydit_cli.export.labels import class_names
@@ -27,8 +28,10 @@ from dydit_cli.export.pipeline import CODE, TRANSFORMER, is_pixel_space, write_p
 from dydit_cli.export.report import ExportReport, Progress, Source, report_of, subject_of
 from dydit_cli.export.vae import find_vae
 from dydit_cli.export.verify import reload_difference
+from dydit_cli.families.dit_files import to_diffusers
 from dydit_cli.families.family import Family, require
 from dydit_cli.families.registry import class_named, family_named
+from dydit_cli.plugged import provider_of
 from dydit_cli.recipe.schema import ExportSection
 
 PIPELINE_DTYPE = "float32"
@@ -56,6 +59,7 @@ def export(
     config = model_config(model)
     source = Source(model, config, _family(str(config["_class_name"])), lineage_of(model))
     require(source.family, "dydit export")
+    _refuse_following_timestep(source, settings)
     write: Callable[[Source, ExportSection, Path, Progress], ExportReport]
     if source.family.objective == STREAMED:
         write = export_flux
@@ -81,6 +85,13 @@ def export(
 
 def _write_pipeline(source: Source, settings: ExportSection, folder: Path, say: Progress) -> ExportReport:
     dtype = settings.dtype or PIPELINE_DTYPE
+    width = str(source.config.get("width", "free"))
+    if provider_of("width", width) is not None:
+        raise DyditError(
+            f"A model with routers of the kind '{width}' cannot be exported with its code.",
+            why="The code that goes along is made of dydit's own modules, and these routers come from a plug-in of yours.",
+            fix="Pass --format static for the complete model, or keep using the artifact with --plugin.",
+        )
     vae = find_vae(settings.vae, int(source.config["in_channels"])) if settings.vae else None
     say("reading the model")
     model = load_model(
@@ -134,12 +145,28 @@ def _write_flat(source: Source, settings: ExportSection, folder: Path, say: Prog
             why="A budget is told to the routers that a pipeline runs.",
             fix="Leave --budget out, or export with --format diffusers.",
         )
+    if source.config.get("block_heads") is not None:
+        raise DyditError(
+            "A pruned model cannot be written in the original layout.",
+            why="Its blocks have widths of their own, which the original code does not know: it would refuse the shapes.",
+            fix="Pass --format diffusers: that folder carries the code that it needs.",
+        )
+    # diffusers' DiT is another function of the same numbers than the original (see `families/dit_files.py`).
+    diffusers_form = bool(source.config.get("frequency_shift"))
+    if diffusers_form and settings.format == "original":
+        raise DyditError(
+            "A model that came from diffusers' DiT cannot be written in the original layout.",
+            why="Its timestep frequencies and an epsilon differ from the original's, which no file in that layout can say.",
+            fix="Pass --format diffusers, or --format static for the folder of diffusers' own class.",
+        )
     say("reading the model")
     tensors = read_checkpoint(model_folder(source.path)).tensors
     notes = []
     if settings.format == "static":
         tensors, file = static_part(tensors), FILES[source.lineage.container]
         dtypes = source.lineage.dtypes
+        if diffusers_form:
+            tensors, file = to_diffusers(tensors), DIFFUSERS_FILE
         if source.lineage.steps and set(dtypes.values()) - {"float32"} and settings.dtype is None:
             notes.append(
                 "The fine-tuned weights were rounded to the types of the source's file; --dtype float32 keeps them."
@@ -158,6 +185,8 @@ def _write_flat(source: Source, settings: ExportSection, folder: Path, say: Prog
     _check_space(folder, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
     say(f"writing and comparing {file}")
     write_flat(tensors, folder / file)
+    if diffusers_form:
+        write_class_config(folder, source.config)
     dtype = _commonest_dtype(tensors)
     model_class = source.family.model_class
     with torch.device("meta"):
@@ -167,7 +196,7 @@ def _write_flat(source: Source, settings: ExportSection, folder: Path, say: Prog
     subject = subject_of(source, settings, geometry, dtype)
     exact = source.lineage.base is not None and source.lineage.steps is None and settings.dtype is None
     card = (
-        static_card(subject, file, exact=exact)
+        static_card(subject, file, exact=exact, diffusers=diffusers_form)
         if settings.format == "static"
         else original_card(subject, file, ordered=ordered)
     )
@@ -207,6 +236,16 @@ def _refuse_routers_of_ours(source: Source) -> None:
             "A model of ordered width cannot be written in the original layout.",
             why="The authors' routers have a row a unit; here a row is a step between two units, and would be misread.",
             fix="Pass --format diffusers, or --format static for the complete model.",
+        )
+
+
+def _refuse_following_timestep(source: Source, settings: ExportSection) -> None:
+    if source.config.get("td_lora") is not None and settings.format != "diffusers":
+        raise DyditError(
+            f"A model trained with TD-LoRA cannot be written in the {settings.format} format.",
+            why="Its weights are others at each timestep, and that format has one of each.",
+            fix="Pass --format diffusers, which ships the experts and the code that mixes them; or train with method lora, whose "
+            "adapters are merged.",
         )
 
 

@@ -68,9 +68,7 @@ def pipeline_of(geometry: FluxGeometry, given: str | None) -> str:
     """
     if given is not None and given.startswith("Flux") and given in dir(diffusers):
         return given
-    if not geometry.extra_channels:
-        return "FluxPipeline"
-    return "FluxControlPipeline" if geometry.extra_channels == geometry.in_channels else "FluxFillPipeline"
+    return geometry.pipeline_class
 
 
 def _write_pipeline(
