@@ -5,6 +5,7 @@ The public surface, loaded at first use so that `import dydit_cli` stays instant
 * `load_model(path, execution="compact", ...)`: a dynamic model for inference.
 * `convert(checkpoint, out=..., ...)`: make a static checkpoint dynamic.
 * `count_macs(model, routing=None)`: multiply-accumulates by formula.
+* `load_plugin(file)`: rankings, routers and baselines of your own.
 * `DyditError`: the one exception that a user's mistake raises.
 """
 
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from dydit_cli.artifacts.loading import load_model
     from dydit_cli.conversion.convert import convert
     from dydit_cli.flops import count_macs
+    from dydit_cli.plugins import load_plugin
 
-__all__ = ["DyditError", "__version__", "convert", "count_macs", "load_model"]
+__all__ = ["DyditError", "__version__", "convert", "count_macs", "load_model", "load_plugin"]
 
 __version__ = "0.1.0"
 
@@ -32,6 +34,7 @@ _HOMES = {
     "convert": "dydit_cli.conversion.convert",
     "count_macs": "dydit_cli.flops",
     "load_model": "dydit_cli.artifacts.loading",
+    "load_plugin": "dydit_cli.plugins",
 }
 
 

@@ -29,7 +29,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
     """(page, words after ``dydit``) of every command line in a shell block."""
     for page in PAGES:
         for block in blocks(page, "sh"):
-            for line in block.splitlines():
+            for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
                 if words and words[0] == "dydit":
                     yield page.name, words[1:]
@@ -97,7 +97,8 @@ def test_every_command_and_option_in_the_pages_exists() -> None:
         known = {
             name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)
         }
-        known.add("--help")
+        # These stand anywhere.
+        known |= {"--help", "--debug", "--plugin"}
         unknown = [word for word in words if word.startswith("--") and word.split("=")[0] not in known]
         assert not unknown, f"{page}: dydit {command.name} has no {unknown}"
         seen += 1

@@ -23,9 +23,12 @@ from dydit_cli.cli import (
     console,
     convert,
     demo,
+    doctor,
     evaluate,
     export,
     finetune,
+    inspect,
+    launched,
     plan,
     prepare,
     profile,
@@ -34,6 +37,7 @@ from dydit_cli.cli import (
 )
 from dydit_cli.cli.failures import failure_of
 from dydit_cli.cli.help_text import examples, flowing
+from dydit_cli.errors import DyditError
 
 INTERRUPTED, TERMINATED, BROKEN_PIPE = 130, 143, 1
 
@@ -67,11 +71,23 @@ def _options(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error, in any command.")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Print results, warnings and errors alone, in any command.")
+    ] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--plugin",
+            help="Run a Python file of yours that adds rankings, routers or baselines, in any command.",
+            metavar="FILE",
+        ),
+    ] = None,
 ) -> None:
     """Turn a trained static diffusion transformer into a dynamic one that does less work where less is needed."""
 
 
 for _module, _command in (
+    (inspect, inspect.inspect),
     (plan, plan.plan),
     (prepare, prepare.prepare),
     (convert, convert.convert),
@@ -83,6 +99,7 @@ for _module, _command in (
     (compare, compare.compare),
     (bench, bench.bench),
     (demo, demo.demo),
+    (doctor, doctor.doctor),
 ):
     app.command(help=flowing(_command.__doc__ or ""), epilog=examples(_module.EXAMPLES))(_command)
 app.add_typer(recipes.app, name="recipes", epilog=examples(recipes.EXAMPLES))
@@ -98,10 +115,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # the machine. Measured on two cores beside one busy process: 24 images/s of fine-tuning by default, 81 with this; alone, 211
     # and 216.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    words, debug = _without_debug(list(sys.argv[1:] if arguments is None else arguments))
-    with _signals():
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    words, debug = _without_flag(given, "--debug")
+    words, quiet = _without_flag(words, "--quiet")
+    with _signals(), console.quieted(quiet), launched.worker():
         try:
-            code = _run(words or ["--help"])
+            code = _run(words or ["--help"], given)
+            launched.part()
             sys.stdout.flush()
             return code
         except (KeyboardInterrupt, typer.Abort):
@@ -113,28 +133,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if debug:
                 traceback.print_exc()
             failure = failure_of(error)
-            console.explain(failure.what, failure.why, failure.fix)
+            if not launched.told(failure, error):
+                console.explain(failure.what, failure.why, failure.fix)
             return failure.exit_code
 
 
-def _run(words: list[str]) -> int:
-    """Run typer without its own handling of errors."""
-    code = typer.main.get_command(app).main(args=words, prog_name="dydit", standalone_mode=False)
+def _run(words: list[str], given: list[str]) -> int:
+    """Run typer without its own handling of errors; commands find what was ``given`` in their context."""
+    words, plugins = _without_plugins(words)
+    if plugins:
+        from dydit_cli.plugins import load_plugin
+
+        for plugin in plugins:
+            load_plugin(plugin)
+    code = typer.main.get_command(app).main(
+        args=words or ["--help"], prog_name="dydit", standalone_mode=False, obj=given
+    )
     # Typer turns Ctrl-C into this code and says nothing.
     if code == INTERRUPTED:
         return _interrupted()
     return code if isinstance(code, int) else 0
 
 
-def _without_debug(words: list[str]) -> tuple[list[str], bool]:
-    """Take `--debug` out of the arguments, wherever it stands before a `--`."""
+def _without_flag(words: list[str], flag: str) -> tuple[list[str], bool]:
+    """Take a flag out of the arguments, wherever it stands before a `--`, and say whether it was there."""
     end = words.index("--") if "--" in words else len(words)
-    kept = [word for word in words[:end] if word != "--debug"]
+    kept = [word for word in words[:end] if word != flag]
     return kept + words[end:], len(kept) < end
 
 
+def _without_plugins(words: list[str]) -> tuple[list[str], list[str]]:
+    """Take `--plugin FILE` and `--plugin=FILE` out of the arguments, wherever they stand before a `--`.
+
+    Raises:
+        DyditError: If no file follows.
+    """
+    end = words.index("--") if "--" in words else len(words)
+    kept: list[str] = []
+    files: list[str] = []
+    rest = iter(words[:end])
+    for word in rest:
+        name, sign, value = word.partition("=")
+        if name != "--plugin":
+            kept.append(word)
+            continue
+        file = value if sign else next(rest, "")
+        if not file or file.startswith("-"):
+            raise DyditError(
+                "--plugin names no file.",
+                why="A path is expected after it.",
+                fix="Write --plugin my_router.py.",
+            )
+        files.append(file)
+    return kept + words[end:], files
+
+
 def _interrupted() -> int:
-    console.note("interrupted.")
+    if not launched.is_spoken_for():
+        console.note("interrupted.")
     return INTERRUPTED
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from dydit_cli.cli import console
+from dydit_cli.cli.help_text import AsJson
 from dydit_cli.cli.progress import progress_bar
 from dydit_cli.errors import DyditError
 
@@ -157,8 +158,26 @@ def bench(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the JSON file and the picture.", show_default="none")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    latency_table: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measure a table of times for finetune's `target: latency` instead, and write it there.",
+            metavar="FILE",
+            show_default="none",
+        ),
+    ] = None,
+    check_table: Annotated[
+        Path | None,
+        typer.Option(
+            help="Compare what such a table says of the model with its time.",
+            metavar="FILE",
+            show_default="none",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing folder or table.")
+    ] = False,
+    json: AsJson = False,
 ) -> None:
     """Measure how much of what the masks save in arithmetic is saved in time.
 
@@ -201,6 +220,14 @@ def bench(
         seed=seed,
     )
     place = find_device(device)
+    if latency_table is not None or check_table is not None:
+        from dydit_cli.cli import latency
+
+        if latency_table is not None:
+            latency.measure(settings, place, latency_table, overwrite, json)
+        if check_table is not None:
+            latency.check(settings, place, check_table, json)
+        return
     if out is not None:
         refuse_existing(out, overwrite)
     report = run_with_progress(settings, place, service)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dydit_cli.cli import console
+from dydit_cli.cli.help_text import AsJson
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,6 +35,7 @@ def compare(
     format: Annotated[  # noqa: A002
         str, typer.Option("--format", help="table, csv, markdown or latex.")
     ] = "table",
+    json: AsJson = False,
 ) -> None:
     """Print quality, multiply-accumulates, measured time and parameters of runs, with error bars.
 
@@ -44,7 +46,11 @@ def compare(
     from dydit_cli.evaluation.tables import TABLE, as_text, header, rows
 
     found = gather(runs)
-    if format == TABLE:
+    if json:
+        from dataclasses import asdict
+
+        console.emit_json(asdict(found))
+    elif format == TABLE:
         console.results().print(_table(header(found.runs), rows(found.runs)))
         console.note(
             "± is half of the 95 % interval: other samples of the same number, the reference taken as fixed."

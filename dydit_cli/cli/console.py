@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,22 @@ if TYPE_CHECKING:
 
 _PIPE_COLUMNS = 200
 
+_QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
+
+
+@contextmanager
+def quieted(on: bool) -> Iterator[None]:
+    """Leave out notes, hints and progress while the block runs; results, warnings and errors stay.
+
+    Args:
+        on: Whether to do so (`--quiet`).
+    """
+    token = _QUIET.set(on)
+    try:
+        yield
+    finally:
+        _QUIET.reset(token)
+
 
 def results() -> Console:
     """Return the console for results, on stdout."""
@@ -24,8 +42,10 @@ def results() -> Console:
 
 
 def notes() -> Console:
-    """Return the console for progress, warnings and hints, on stderr."""
-    return _console(stderr=True)
+    """Return the console for progress and hints, on stderr; it says nothing under `quieted`."""
+    console = _console(stderr=True)
+    console.quiet = _QUIET.get()
+    return console
 
 
 def say(text: str, style: str = "") -> None:
@@ -40,7 +60,7 @@ def note(text: str, style: str = "") -> None:
 
 def warn(text: str) -> None:
     """Write a warning on stderr."""
-    note(f"warning: {text}", style="yellow")
+    _console(stderr=True).print(f"warning: {text}", style="yellow", soft_wrap=True)
 
 
 def emit_json(value: Any) -> None:
@@ -58,7 +78,7 @@ def explain(what: str, why: str, fix: str) -> None:
     """Write an error's three parts on stderr."""
     from rich.text import Text
 
-    console = notes()
+    console = _console(stderr=True)
     console.print(Text(what, style="bold red"), soft_wrap=True)
     for name, part in (("why", why), ("fix", fix)):
         console.print(Text.assemble("  ", (f"{name}: ", "bold"), part), soft_wrap=True)
@@ -80,7 +100,7 @@ def ask(question: str, choices: Sequence[str] = ()) -> str | None:
         return None
     offer = f" ({'/'.join(choices)})" if choices else ""
     while True:
-        notes().print(f"{question}{offer}: ", end="")
+        _console(stderr=True).print(f"{question}{offer}: ", end="")
         answer = sys.stdin.readline()
         if not answer:
             return None

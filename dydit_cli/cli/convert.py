@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dydit_cli.cli import console, stage
+from dydit_cli.cli.help_text import AsJson
 from dydit_cli.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -19,10 +20,15 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "dydit convert --checkpoint builtin:dit_fmnist --out runs/c",
     "dydit convert --checkpoint DiT-XL-2-256x256.pt --family dit --out runs/c",
+    "dydit convert --checkpoint facebook/DiT-XL-2-256 --out runs/c",
     "dydit convert dit-xl-2-256/full checkpoint=DiT-XL-2-256x256.pt",
+    "dydit convert --checkpoint builtin:dit_fmnist --calibrate fashion-mnist-subset --calibrate-ratio 0.8 --out runs/c",
+    "dydit convert --checkpoint builtin:dit_fmnist --prune 0.5 --importance magnitude --out runs/pruned",
 )
 
 PATCHES = "x_embedder.proj.weight"
+RATIO_TOLERANCE = 0.01
+"""By which a calibrated model may miss its ratio without a word."""
 
 
 def convert(
@@ -30,7 +36,10 @@ def convert(
     arguments: stage.RecipeArguments = None,
     checkpoint: Annotated[
         str | None,
-        typer.Option(help="File (.pt, .safetensors), folder, or builtin:NAME.", metavar="FILE|DIR"),
+        typer.Option(
+            help="File (.pt, .safetensors), folder, builtin:NAME, or a repository of the Hub (owner/name).",
+            metavar="FILE|DIR|NAME",
+        ),
     ] = None,
     family: Annotated[
         str | None, typer.Option(help="dit, sit, latte, flux, or auto.", show_default="auto")
@@ -62,19 +71,43 @@ def convert(
             show_default="16,56,56",
         ),
     ] = None,
+    prune: Annotated[
+        float | None,
+        typer.Option(
+            help="A static baseline instead: cut units out for good, until this share of attention and MLP MACs is left.",
+            show_default="none",
+        ),
+    ] = None,
     importance: Annotated[
         str | None,
         typer.Option(
-            help="magnitude, taylor, random, or scores of an earlier conversion.", show_default="magnitude"
+            help="magnitude, taylor, random, or scores of an earlier conversion; auto: magnitude, or taylor with --calibrate.",
+            show_default="auto",
         ),
     ] = None,
     importance_samples: Annotated[
         int | None, typer.Option(help="Samples of the Taylor ranking.", show_default="256")
     ] = None,
     data: Annotated[str | None, typer.Option(help="Training data, for the Taylor ranking alone.")] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            help="Training data on which the widths are set before any training: each range of timesteps keeps what it needs.",
+            metavar="DATA",
+            show_default="none",
+        ),
+    ] = None,
+    calibrate_ratio: Annotated[
+        float | None,
+        typer.Option(help="Share of attention and MLP MACs that they leave.", show_default="0.8"),
+    ] = None,
+    calibrate_samples: Annotated[
+        int | None, typer.Option(help="Samples of each round of that measurement.", show_default="128")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of routers and rankings.", show_default="0")] = None,
     device: Annotated[
-        str | None, typer.Option(help="Where the Taylor ranking runs.", show_default="auto")
+        str | None,
+        typer.Option(help="Where the Taylor ranking and the calibration run.", show_default="auto"),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
     overwrite: Annotated[
@@ -83,7 +116,7 @@ def convert(
             "--overwrite/--no-overwrite", help="Replace an existing folder.", show_default="no-overwrite"
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Make a trained static DiT or SiT dynamic.
 
@@ -101,7 +134,24 @@ def convert(
         console.emit_json(asdict(report))
         return
     console.results().print(summary(report))
+    if report.pruning is not None:
+        check = report.verification
+        console.say(
+            f"Written to {report.out}. Largest difference from the source with these units multiplied by zero: "
+            f"{max(check.dense or 0.0, check.compact or 0.0):.1e} (fp32, relative to the output)."
+        )
+        console.note(
+            "The model is static, and smaller for good: what was cut out is gone. Fine-tuning lets the rest make up for it."
+        )
+        console.note(
+            f"next: dydit finetune --model {report.out} --data DATA --target-ratio 1 --steps STEPS --out "
+            f"{Path(report.out).parent / 'finetuned'}"
+        )
+        return
     console.say(f"Written to {report.out}. Largest difference from the source: {_difference(report)}.")
+    if report.calibration is not None:
+        show_calibration(report)
+        return
     if report.importance == "imported":
         console.note("The file's trained routers were kept; the model is dynamic already.")
         console.note(f"next: dydit profile --model {report.out}")
@@ -135,6 +185,33 @@ def convert(
     )
 
 
+def show_calibration(report: ConversionReport) -> None:
+    """Print what each range of timesteps keeps, what it costs in loss, and what to do next."""
+    from dydit_cli.cli.calibration_table import calibration_table
+
+    made = report.calibration
+    if made is None:
+        raise TypeError("the report is of a conversion without calibration")
+    console.results().print(calibration_table(made))
+    console.say(
+        f"Without any training, at {made.ratio:.3f} of the attention and MLP MACs: held-out loss {made.loss:.5f}, that of the static "
+        f"model {made.static_loss:.5f} ({made.loss / made.static_loss - 1:+.1%}; the same {made.held_out_images} samples, timesteps and "
+        "noise)."
+    )
+    if abs(made.ratio - made.target_ratio) > RATIO_TOLERANCE:
+        console.warn(
+            f"the routers realise {made.ratio:.3f} and not the {made.target_ratio:g} asked for; try another --calibrate-ratio."
+        )
+    console.note(
+        f"Fine-tuning joins its schedule where the target is {made.ratio:.2f}: no step is spent on the complete model, and the rest of "
+        "the ramp leads from there to --target-ratio."
+    )
+    console.note(
+        f"next: dydit finetune --model {report.out} --data DATA --target-ratio {made.target_ratio:g} --steps STEPS --out "
+        f"{Path(report.out).parent / 'finetuned'}   or at once: dydit sample --model {report.out}"
+    )
+
+
 def convert_with_progress(section: ConvertSection, recipe_yaml: str | None = None) -> ConversionReport:
     """Run a conversion with a progress line on stderr; asks at a terminal for what the file cannot say."""
     from dydit_cli.conversion.convert import convert as run
@@ -155,6 +232,7 @@ def ask_what_the_file_cannot_say(section: ConvertSection) -> tuple[str, int | No
     """Return family and heads, asked for where a person sits at the terminal and the file leaves them open."""
     from dydit_cli.checkpoints import open_checkpoint
     from dydit_cli.checkpoints.builtin import PREFIX
+    from dydit_cli.checkpoints.locating import located
     from dydit_cli.conversion.convert import candidate_families
     from dydit_cli.families.original_dit import HEADS_BY_WIDTH
 
@@ -163,7 +241,7 @@ def ask_what_the_file_cannot_say(section: ConvertSection) -> tuple[str, int | No
     settled = family != "auto" and heads is not None
     if settled or section.checkpoint.startswith(PREFIX) or not console.can_ask():
         return family, heads
-    read = open_checkpoint(Path(section.checkpoint).expanduser())
+    read = open_checkpoint(located(section.checkpoint, console.note))
     candidates = [candidate.name for candidate in candidate_families(read)]
     if family == "auto" and len(candidates) > 1:
         family = console.ask("The file could be any of these; which was it trained as?", candidates) or family
@@ -188,8 +266,13 @@ def summary(report: ConversionReport) -> Table:
     table.add_row(
         "model", f"{report.family}, {geometry['depth']} blocks of {geometry['hidden_size']} channels"
     )
+    pruning = report.pruning
     table.add_row(
-        "units", f"{geometry['num_heads']} heads and {geometry['num_groups']} channel groups a block"
+        "units",
+        f"{geometry['num_heads']} heads and {geometry['num_groups']} channel groups a block"
+        if pruning is None
+        else f"{_range([len(kept) for kept in pruning.heads])} of {geometry['num_heads']} heads and {_range(pruning.hidden)} of "
+        f"{geometry['mlp_hidden']} hidden channels a block",
     )
     table.add_row(
         "input",
@@ -204,16 +287,29 @@ def summary(report: ConversionReport) -> Table:
     )
     for lora in report.loras:
         table.add_row("merged", f"{lora['path']} x {lora['scale']:g} into {lora['layers']} layers")
+    if pruning is not None:
+        share = report.params["static"] / pruning.source_params
+        table.add_row("parameters", f"{report.params['static']:,} ({share:.1%} of {pruning.source_params:,})")
+        table.add_row(
+            "cost",
+            f"{report.static_gmacs:.4g} of {pruning.source_gmacs:.4g} GMACs a forward pass; {pruning.ratio:.4f} of attention and MLP",
+        )
+        table.add_row("ranking", f"{report.importance}, inside each block")
+        return table
     added = report.params["routers"] / report.params["static"]
     table.add_row(
         "parameters", f"{report.params['static']:,} + {report.params['routers']:,} of routers (+{added:.2%})"
     )
-    table.add_row(
-        "static cost", f"{report.static_gmacs:.4g} GMACs a forward pass (the paper's FLOPs are MACs)"
-    )
+    cost = f"{report.static_gmacs:,.0f}" if report.static_gmacs >= 1000 else f"{report.static_gmacs:.4g}"
+    table.add_row("static cost", f"{cost} GMACs a forward pass (the paper's FLOPs are MACs)")
     table.add_row("ranking", report.importance)
     table.add_row("lowest target", f"{report.ratio_floor:.3f} of attention and MLP MACs")
     return table
+
+
+def _range(counts: list[int]) -> str:
+    """One number where all are equal, else the least and the most."""
+    return str(counts[0]) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
 def _difference(report: ConversionReport) -> str:

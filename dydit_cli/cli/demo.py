@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dydit_cli.cli import console
+from dydit_cli.cli.help_text import AsJson
 from dydit_cli.cli.stage import AnySection, Request
 from dydit_cli.errors import DyditError, did_you_mean
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.table import Table
 
+    from dydit_cli.profiling.profile import ProfileReport
     from dydit_cli.recipe.loading import Recipe
 
 EXAMPLES = (
@@ -27,6 +31,8 @@ EXAMPLES = (
 
 FAMILIES = ("dit", "sit", "latte", "flux")
 SUMMARY = "summary.json"
+REPORT_SAMPLES = 10
+"""Of each model, on the page."""
 
 
 def demo(
@@ -40,7 +46,7 @@ def demo(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a folder that is no earlier demo.")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Run the whole chain on a small shipped model, on a CPU, in minutes.
 
@@ -63,6 +69,7 @@ def demo(
     console.results().print(table(summary))
     console.say(f"{summary['verdict']}")
     console.say(f"Pictures: {summary['comparison']}")
+    console.say(f"Report, for a browser: {summary['report']}")
     console.note(
         f"{summary['seconds']:.0f} s on {summary['device']}, torch {summary['torch']}. Times are for one {summary['unit']} in batches "
         f"of {summary['latency_batch']}; losses are on the same {summary['held_out_images']} held-out {summary['unit']}s, timesteps "
@@ -139,13 +146,11 @@ def run(family: str, folder: Path, steps: int | None) -> dict[str, Any]:
         )
     )
     comparison = folder / "comparison.png"
-    side_by_side(
-        [
-            ("static" if distilled else "static, fine-tuned as long", folder / "samples-static"),
-            (f"dynamic, {dynamic_samples.trajectory_ratio:.0%} of the work", folder / "samples"),
-        ],
-        comparison,
-    )
+    drawn = [
+        ("static" if distilled else "static, fine-tuned as long", folder / "samples-static"),
+        (f"dynamic, {dynamic_samples.trajectory_ratio:.0%} of the work", folder / "samples"),
+    ]
+    side_by_side(drawn, comparison)
     if exporting is not None:
         say("export as a diffusers pipeline")
         export_with_notes(exporting)
@@ -176,6 +181,8 @@ def run(family: str, folder: Path, steps: int | None) -> dict[str, Any]:
         "held_out_images": dynamic.held_out_images,
         "seconds": time.perf_counter() - began,
     }
+    report = write_demo_report(folder, profile, str(dynamic.out), training.data, drawn, summary, yaml)
+    summary["report"] = str(report)
     write_json(folder / SUMMARY, summary)
     return summary
 
@@ -269,38 +276,91 @@ def table(summary: dict[str, Any]) -> Table:
     """The summary as a table, one row a model."""
     from rich.table import Table
 
+    rows = comparison_rows(summary)
+    drawn = Table(
+        title=f"{summary['family']} on Fashion-MNIST, target {summary['target_ratio']:g}",
+        title_justify="left",
+    )
+    for place, column in enumerate(rows[0]):
+        drawn.add_column(column, justify="left" if place == 0 else "right")
+    for row in rows:
+        drawn.add_row(*row.values())
+    return drawn
+
+
+def comparison_rows(summary: dict[str, Any]) -> list[dict[str, str]]:
+    """What became of each model: column -> words."""
     titles = {
         "base": "base, as shipped",
         "static": f"static, fine-tuned {summary['steps']} steps",
         "dynamic": f"dynamic, fine-tuned {summary['steps']} steps",
     }
-    drawn = Table(
-        title=f"{summary['family']} on Fashion-MNIST, target {summary['target_ratio']:g}",
-        title_justify="left",
-    )
-    drawn.add_column("model")
-    for column in (
-        "MMACs / forward",
-        "ratio",
-        f"ms / {summary['unit']}",
-        f"s for {summary['images']} samples",
-        "held-out loss",
-    ):
-        drawn.add_column(column, justify="right")
+    rows = []
     for name, title in titles.items():
         if name == "static" and summary["distilled"]:
             continue
         entry = summary["models"][name]
         sampling = entry["sampling_seconds"]
-        drawn.add_row(
-            title,
-            f"{entry['mmacs']:.1f}",
-            f"{entry['ratio']:.3f}",
-            f"{entry['ms_per_image']:.3f}",
-            "" if sampling is None else f"{sampling:.1f}",
-            f"{entry['loss']:.5f}",
+        rows.append(
+            {
+                "model": title,
+                "MMACs / forward": f"{entry['mmacs']:.1f}",
+                "ratio": f"{entry['ratio']:.3f}",
+                f"ms / {summary['unit']}": f"{entry['ms_per_image']:.3f}",
+                f"s for {summary['images']} samples": "" if sampling is None else f"{sampling:.1f}",
+                "held-out loss": f"{entry['loss']:.5f}",
+            }
         )
-    return drawn
+    return rows
+
+
+def write_demo_report(
+    folder: Path,
+    report: ProfileReport,
+    model: str,
+    data: str,
+    rows: Sequence[tuple[str, Path]],
+    summary: dict[str, Any],
+    recipe_yaml: str,
+) -> Path:
+    """Write the page of HTML that shows what the demo made.
+
+    Args:
+        folder: Of the run.
+        report: The profile of the dynamic model.
+        model: Its folder.
+        data: Whose held-out samples show which tokens are kept.
+        rows: (title, folder with ``samples.npz``) of static and dynamic samples.
+        summary: Of the run.
+        recipe_yaml: Of the run.
+    """
+    import numpy as np
+
+    from dydit_cli.artifacts import load_model
+    from dydit_cli.cli.profile import write_report
+    from dydit_cli.profiling.inputs import find_inputs
+    from dydit_cli.reporting.content import SampleRow, Samples
+
+    loaded = load_model(model, convention="native")
+    inputs = find_inputs(loaded.geometry, data, Path(model), report.settings["timesteps"], seed=0)
+    drawn = []
+    for title, place in rows:
+        with np.load(place / "samples.npz") as archive:
+            drawn.append(SampleRow(title, archive["arr_0"][:REPORT_SAMPLES]))
+    names = tuple("" for _ in drawn[0].images)
+    path = folder / "report.html"
+    write_report(
+        path,
+        report,
+        loaded,
+        folder=model,
+        inputs=inputs,
+        samples=Samples(tuple(drawn), names, "The same noise in each column."),
+        seed=0,
+        models=comparison_rows(summary),
+        recipe_yaml=recipe_yaml,
+    )
+    return path
 
 
 def _section(recipe: Recipe, kind: type[AnySection]) -> AnySection:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dydit_cli.cli import console, stage
+from dydit_cli.cli.help_text import AsJson
+from dydit_cli.cli.launched import run_in_processes
 from dydit_cli.cli.progress import progress_bar
 from dydit_cli.errors import DyditError
 
@@ -143,6 +145,14 @@ def evaluate(
         float | None,
         typer.Option(help="Added to router logits.", show_default="0.0", rich_help_panel="Sampling"),
     ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Ratio to run at, of a model trained for a range of them.",
+            show_default="as trained",
+            rich_help_panel="Sampling",
+        ),
+    ] = None,
     vae: Annotated[
         str | None,
         typer.Option(
@@ -162,6 +172,12 @@ def evaluate(
     batch_size: Annotated[
         int | None, typer.Option(help="Images in one forward.", show_default="32", rich_help_panel="Sampling")
     ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that share the images, a GPU each.", show_default="1", rich_help_panel="Sampling"
+        ),
+    ] = None,
     statistics: Annotated[
         bool | None,
         typer.Option(
@@ -177,7 +193,7 @@ def evaluate(
             "--overwrite/--no-overwrite", help="Replace an existing folder.", show_default="no-overwrite"
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Measure how good samples are, and with --against how near a dynamic model stays to its static one.
 
@@ -191,6 +207,7 @@ def evaluate(
     # An option that may be repeated is an empty list when it is not given.
     context.params["fail_if"] = context.params["fail_if"] or None
     request = stage.resolve(context, EvaluateSection)
+    run_in_processes(context, request.section.processes)
     evaluated = evaluate_with_progress(request.section, request.recipe.to_yaml())
     if json:
         console.emit_json(evaluated.report.to_json())
@@ -216,6 +233,7 @@ def evaluate_with_progress(section: EvaluateSection, recipe_yaml: str | None = N
         batch_size=section.batch_size,
         execution=section.execution,
         keep_bias=section.keep_bias,
+        budget=section.budget,
         vae=section.vae,
         device=section.device,
         dtype=section.dtype,
@@ -232,6 +250,7 @@ def evaluate_with_progress(section: EvaluateSection, recipe_yaml: str | None = N
         lpips=section.lpips,
         clip=section.clip,
         prompts=section.prompts,
+        processes=section.processes,
         statistics=section.statistics,
         fail_if=section.fail_if or (),
     )

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dydit_cli.cli import console, stage
+from dydit_cli.cli.help_text import AsJson
+from dydit_cli.cli.launched import run_in_processes
 from dydit_cli.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "dydit finetune --model runs/c --data fashion-mnist-subset --target-ratio 0.5 --steps 400 --out runs/t",
-    "dydit finetune dit-xl-2-256/full data=latents.safetensors target_ratio=0.3",
+    "dydit finetune dit-xl-2-256/full data=latents.safetensors target_ratio=0.3 --dry-run",
     "dydit finetune runs/t/recipe.yaml --resume",
 )
 
@@ -83,6 +85,18 @@ def finetune(
             rich_help_panel=SCHEDULE,
         ),
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="full (all weights), lora or td-lora (adapters beside the routers; less memory).",
+            show_default="full",
+            rich_help_panel=OPTIMISER,
+        ),
+    ] = None,
+    lora_rank: Annotated[
+        int | None,
+        typer.Option(help="Rank of the adapters.", show_default="4", rich_help_panel=OPTIMISER),
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Samples of a step.", show_default="64", rich_help_panel=OPTIMISER)
     ] = None,
@@ -110,6 +124,12 @@ def finetune(
     mixed_precision: Annotated[
         str | None, typer.Option(help="no, bf16 or fp16.", show_default="no", rich_help_panel=PLACE)
     ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that share every batch, a GPU each.", show_default="1", rich_help_panel=PLACE
+        ),
+    ] = None,
     num_workers: Annotated[
         int | None, typer.Option(help="Processes that read data.", show_default="0", rich_help_panel=PLACE)
     ] = None,
@@ -132,7 +152,13 @@ def finetune(
             "--overwrite/--no-overwrite", help="Replace an existing folder.", show_default="no-overwrite"
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check everything, print the resolved recipe, draw one batch; train nothing."
+        ),
+    ] = False,
+    json: AsJson = False,
 ) -> None:
     """Train a converted model until it needs only its target share of the static model's work.
 
@@ -142,6 +168,12 @@ def finetune(
     from dydit_cli.recipe.schema import FinetuneSection
 
     request = stage.resolve(context, FinetuneSection)
+    if dry_run:
+        from dydit_cli.cli.dry_run import show
+
+        show(request.section, request.recipe, json)
+        return
+    run_in_processes(context, request.section.processes)
     result = finetune_with_progress(request.section, request.recipe)
     if json:
         console.emit_json(result.as_dict())
@@ -178,6 +210,8 @@ def finetune_with_progress(section: FinetuneSection, recipe: Recipe | None = Non
                 on_sample=grid_sampler(recipe, run.data.held_out),
                 should_stop=lambda: request.signal is not None,
             ):
+                for told in report.notes:
+                    console.warn(told)
                 state = display.show(report)
                 progress.update(task, completed=report.step, state=state)
                 if quiet and report.ema_ratio is not None:
@@ -311,10 +345,13 @@ def summary(result: FinetuneResult) -> Table:
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_row("steps", f"{result.steps}")
+    target = f", target {result.target_ratio:g}"
+    if result.time_ratio is not None:
+        table.add_row("time", f"{result.time_ratio:.4f} of the static model's by the latency table{target}")
     table.add_row(
         "ratio",
-        f"{result.ratio:.4f} ± {result.ratio_standard_error:.4f} of attention and MLP MACs, target "
-        f"{result.target_ratio:g} (averaged weights, {result.held_out_images} held-out images)",
+        f"{result.ratio:.4f} ± {result.ratio_standard_error:.4f} of attention and MLP MACs"
+        f"{target if result.time_ratio is None else ''} (averaged weights, {result.held_out_images} held-out images)",
     )
     if result.trained_ratio is not None and result.target_ratio < 1:
         table.add_row(
@@ -331,7 +368,7 @@ def summary(result: FinetuneResult) -> Table:
     )
     table.add_row("held-out loss", f"{result.held_out_loss:.5f}")
     if result.images_per_second is not None:
-        table.add_row("time", f"{result.seconds:.0f} s of training, {result.images_per_second:.0f} images/s")
+        table.add_row("training", f"{result.seconds:.0f} s, {result.images_per_second:.0f} images/s")
     return table
 
 
@@ -339,16 +376,17 @@ def judgement(result: FinetuneResult) -> list[str]:
     """What a newcomer should know of a result that is not what was asked for."""
     warnings = []
     dynamic = result.target_ratio < 1
-    if dynamic and result.ratio > HARDLY_CHEAPER:
+    ratio, kind = result.targeted, "work" if result.time_ratio is None else "time"
+    if dynamic and ratio > HARDLY_CHEAPER:
         warnings.append(
-            f"the model still does {result.ratio:.1%} of the static model's work: it is hardly cheaper. "
+            f"the model still {'does' if kind == 'work' else 'takes'} {ratio:.1%} of the static model's {kind}: it is hardly cheaper. "
             "Train more steps, "
             "shorten ramp_steps, or raise router_learning_rate."
         )
-    elif abs(result.ratio - result.target_ratio) > TOLERANCE:
+    elif abs(ratio - result.target_ratio) > TOLERANCE:
         warnings.append(
-            f"the ratio of {result.ratio:.3f} is {abs(result.ratio - result.target_ratio):.3f} "
-            f"{'above' if result.ratio > result.target_ratio else 'below'} its target. "
+            f"the ratio of {ratio:.3f} is {abs(ratio - result.target_ratio):.3f} "
+            f"{'above' if ratio > result.target_ratio else 'below'} its target. "
             + (
                 "Training has to go on: resume with more steps, or lower ema_decay for short runs."
                 if dynamic

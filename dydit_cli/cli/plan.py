@@ -1,4 +1,4 @@
-"""`dydit plan`: what converting and fine-tuning a checkpoint takes, from its header alone."""
+"""`dydit plan`: what converting and fine-tuning a checkpoint takes, from its header alone, or what the run of a recipe takes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dydit_cli.cli import console
+from dydit_cli.cli import console, stage
+from dydit_cli.cli.help_text import AsJson
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,11 +19,21 @@ EXAMPLES = (
     "dydit plan flux1-dev.safetensors",
     "dydit plan flux1-dev.safetensors --target-ratio 0.7 --json",
     "dydit plan DiT-XL-2-256x256.pt --family dit",
+    "dydit plan dit-xl-2-256/full batch_size=64",
+    "dydit plan mine.yaml --json",
 )
 
 
 def plan(
-    checkpoint: Annotated[Path, typer.Argument(help="File (.pt, .safetensors) or folder.", metavar="FILE")],
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE | RECIPE [KEY=VALUE]",
+            help="A checkpoint (.pt, .safetensors or folder), or a recipe (a YAML file or a built-in name) with changes to it.",
+            show_default=False,
+            autocompletion=stage.complete_recipe,
+        ),
+    ],
     family: Annotated[str, typer.Option(help="Name of the family, or auto.")] = "auto",
     target_ratio: Annotated[
         float | None,
@@ -43,13 +54,37 @@ def plan(
             metavar="N,N,N",
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Recipe: the model's published size, where its checkpoint is not here.", metavar="NAME"
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Recipe: where it would train.", show_default="the recipe's")
+    ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure/--no-measure", help="Recipe: make a few steps to see how long they take."),
+    ] = True,
+    json: AsJson = False,
 ) -> None:
-    """Price a conversion before it is started.
+    """Price a conversion, or the run of a recipe, before it is started.
 
-    Reads names and shapes, no weights: seconds for a file of any size. Prints the parameters that routers add, the
-    multiply-accumulates at the target ratio, and what conversion and fine-tuning take of disk and memory.
+    Of a checkpoint, reads names and shapes, no weights: seconds for a file of any size. Prints the parameters that routers
+    add, the multiply-accumulates at the target ratio, and what conversion and fine-tuning take of disk and memory.
+
+    Of a recipe, prints what its fine-tuning trains, needs of memory and disk, and how long it takes: from two steps made
+    here where they can be made, and else from an estimate that says so.
     """
+    recipe, overrides = stage.split_arguments(arguments)
+    if recipe is not None and _is_recipe(recipe):
+        from dydit_cli.cli.plan_recipe import plan_recipe
+
+        options = {"target_ratio": target_ratio, "device": device}
+        plan_recipe(recipe, overrides, options, preset=preset, measure=measure, as_json=json)
+        return
+    checkpoint = _checkpoint(recipe, overrides)
     from dydit_cli.checkpoints import open_checkpoint
     from dydit_cli.conversion.pricing import price
     from dydit_cli.families.family import Hints
@@ -65,6 +100,32 @@ def plan(
     )
     if not found.dynamic:
         console.note(f"next: dydit convert --checkpoint {checkpoint} --family {found.family} --out runs/c")
+
+
+def _is_recipe(name: str) -> bool:
+    """Whether an argument means a recipe: a YAML file, or a built-in name that is no path here."""
+    if name.endswith((".yaml", ".yml")):
+        return True
+    from dydit_cli.recipe.builtin import builtin_recipes
+
+    return not Path(name).exists() and name in {recipe.name for recipe in builtin_recipes()}
+
+
+def _checkpoint(name: str | None, overrides: list[str]) -> Path:
+    """The checkpoint that is meant.
+
+    Raises:
+        DyditError: If there are keys of a recipe and no recipe.
+    """
+    from dydit_cli.errors import DyditError
+
+    if name is None or overrides:
+        raise DyditError(
+            f"{' '.join(overrides)} belongs to no recipe.",
+            why="Keys change a recipe, which was not named.",
+            fix="Name a recipe before them, as in `dydit plan dit-xl-2-256/full batch_size=64`.",
+        )
+    return Path(name)
 
 
 def table(found: Price) -> Table:
@@ -92,13 +153,13 @@ def table(found: Price) -> Table:
         ),
         (
             "disk",
-            f"{_size(sizes.source)} of weights read, {_size(sizes.converted)} written by dydit convert",
+            f"{size(sizes.source)} of weights read, {size(sizes.converted)} written by dydit convert",
         ),
-        ("memory to convert", f"about {_size(sizes.convert_memory)} beside the libraries, tensor by tensor"),
-        ("memory to fine-tune", f"{_size(sizes.train_full)} for all parameters"),
+        ("memory to convert", f"about {size(sizes.convert_memory)} beside the libraries, tensor by tensor"),
+        ("memory to fine-tune", f"{size(sizes.train_full)} for all parameters"),
         (
             "with TD-LoRA",
-            f"{_size(sizes.train_adapter)}, {params['adapter']:,} parameters "
+            f"{size(sizes.train_adapter)}, {params['adapter']:,} parameters "
             f"({params['adapter'] / params['static']:.2%}) and the routers train",
         ),
     ]
@@ -106,8 +167,8 @@ def table(found: Price) -> Table:
         rows.append(
             (
                 "prepared data",
-                f"{_size(sizes.caption)} a caption and {_size(sizes.sample)} an image in fp32; "
-                f"1,000 captions take {_size(1000 * sizes.caption)}, half of that in bf16",
+                f"{size(sizes.caption)} a caption and {size(sizes.sample)} an image in fp32; "
+                f"1,000 captions take {size(1000 * sizes.caption)}, half of that in bf16",
             )
         )
     grid = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -136,7 +197,7 @@ def _count(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
     """Bytes in the unit of disks and hubs: powers of ten."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if count >= scale:

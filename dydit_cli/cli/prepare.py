@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dydit_cli.cli import console, stage
+from dydit_cli.cli.help_text import AsJson
 from dydit_cli.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def prepare(
             rich_help_panel=PLACE,
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Encode pictures and captions once, before training.
 

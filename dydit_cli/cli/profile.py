@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dydit_cli.cli import console, stage
+from dydit_cli.cli.help_text import AsJson
 from dydit_cli.cli.progress import progress_bar
+from dydit_cli.errors import DyditError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     import torch
 
     from dydit_cli.cli.stage import Request
@@ -20,15 +24,21 @@ if TYPE_CHECKING:
     from dydit_cli.profiling.latency import LatencyReport
     from dydit_cli.profiling.profile import ProfileReport, ProfileSettings, Progress
     from dydit_cli.recipe.schema import ProfileSection, SampleSection
+    from dydit_cli.reporting.content import Samples
 
 EXAMPLES = (
     "dydit profile --model runs/t --out runs/p",
+    "dydit profile --model runs/t --report report.html",
     "dydit profile --model runs/t --json --no-latency",
     "dydit profile --preset dit-xl/2",
     "dydit profile demo/fashion-mnist-dit repetitions=31",
 )
 
 TRAJECTORY_IMAGES = 8
+
+REPORT_LEVELS = 16
+"""Noise levels that the slider of a report goes through."""
+
 HEAVY_GMACS = 10.0
 """Models above this are neither timed nor sampled from on a CPU unless that is asked for: it would take many minutes."""
 
@@ -117,6 +127,14 @@ def profile(
         str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of every draw.", show_default="0")] = None,
+    report: Annotated[
+        str | None,
+        typer.Option(
+            help="One HTML file that shows all of it, to explore in a browser, offline.",
+            metavar="FILE",
+            show_default="none is written",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the JSON file and the heat maps.", show_default="none is written"),
@@ -127,29 +145,31 @@ def profile(
             "--overwrite/--no-overwrite", help="Replace an existing folder.", show_default="no-overwrite"
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Count what a model executes at each noise level, and measure its time and memory.
 
     Multiply-accumulates by formula, checked against fvcore and torch on the graph that really runs; the ratio to the static
     model; heads, groups and tokens by timestep and block; parameters; interleaved time and peak memory of static, dense and
-    compact execution. With --out also heat maps.
+    compact execution. With --out also heat maps; with --report a page that shows them and samples of both models.
     """
     from dydit_cli.cli.profile_tables import tables
     from dydit_cli.recipe.schema import ProfileSection
 
     request = stage.resolve(context, ProfileSection)
-    report, files = profile_with_progress(request)
+    found, files = profile_with_progress(request)
     if json:
-        console.emit_json(report.to_json())
+        console.emit_json(found.to_json())
     else:
-        for table in tables(report):
+        for table in tables(found):
             console.results().print(table)
             console.say("")
         if files:
             console.say(f"Written to {request.section.out}: {', '.join(files)}")
-    _say_how(report, request.section)
-    console.note(f"next: {_next_command(report, request.section)}")
+        if request.section.report is not None:
+            console.say(f"Report: {request.section.report}")
+    _say_how(found, request.section)
+    console.note(f"next: {_next_command(found, request.section)}")
 
 
 def profile_with_progress(request: Request[ProfileSection]) -> tuple[ProfileReport, list[str]]:
@@ -169,6 +189,8 @@ def profile_with_progress(request: Request[ProfileSection]) -> tuple[ProfileRepo
     section = request.section
     if section.out is not None:
         refuse_existing(section.out, section.overwrite)
+    if section.report is not None:
+        check_report_file(Path(section.report).expanduser(), section.overwrite)
     device = find_device(section.device)
     if section.graphs:
         require_cuda(device)
@@ -193,10 +215,14 @@ def profile_with_progress(request: Request[ProfileSection]) -> tuple[ProfileRepo
                 _prompt(model, section.seed),
             )
         measure_trajectory, measure_latency = _affordable(section, model)
-        trajectory_ratio = None
+        trajectory_ratio, samples = None, None
         if measure_trajectory and section.model is not None:
             sampling = request.recipe.get(SampleSection)
-            trajectory_ratio = _trajectory_ratio(model, sampling, inputs, section.seed, show)
+            if section.report is not None:
+                base = _base_of(Path(section.model).expanduser(), model)
+                samples, trajectory_ratio = _samples(model, base, sampling, inputs, section.seed, show)
+            else:
+                trajectory_ratio = _trajectory_ratio(model, sampling, inputs, section.seed, show)
         report = run(
             model,
             _settings(section, measure_latency),
@@ -220,7 +246,114 @@ def profile_with_progress(request: Request[ProfileSection]) -> tuple[ProfileRepo
                 device=device,
                 overwrite=section.overwrite,
             )
+        if section.report is not None:
+            show("report", 0, 1)
+            write_report(
+                Path(section.report).expanduser(),
+                report,
+                model,
+                folder=section.model,
+                inputs=inputs,
+                samples=samples,
+                seed=section.seed,
+            )
     return report, files
+
+
+def write_report(
+    path: Path,
+    report: ProfileReport,
+    model: DynamicModel,
+    *,
+    folder: str | Path | None,
+    inputs: Inputs | None,
+    samples: Samples | None,
+    seed: int,
+    models: Sequence[Mapping[str, Any]] | None = None,
+    recipe_yaml: str | None = None,
+) -> None:
+    """Write the HTML report of a profile: see `reporting.content.gather`; tokens are shown where the model saw real samples."""
+    from dydit_cli.objectives import objective_of
+    from dydit_cli.profiling.token_maps import token_maps
+    from dydit_cli.reporting.content import gather
+    from dydit_cli.reporting.page import write_page
+
+    maps = None
+    if inputs is not None and inputs.real and model.execution != "static":
+        maps = token_maps(model, inputs.source, objective_of(model), seed, levels=REPORT_LEVELS)
+    content = gather(
+        report,
+        model,
+        folder=folder,
+        maps=maps,
+        samples=samples,
+        models=models,
+        recipe_yaml=recipe_yaml,
+    )
+    write_page(path, content)
+
+
+def check_report_file(path: Path, overwrite: bool) -> None:
+    """See that a report can be written where it is asked for.
+
+    Raises:
+        DyditError: If a folder is there, or a file that is not to be replaced.
+    """
+    if path.is_dir():
+        raise DyditError(
+            f"{path} is a folder.",
+            why="A report is one file of HTML.",
+            fix=f"Pass --report {path / 'report.html'}.",
+        )
+    if path.exists() and not overwrite:
+        raise DyditError(
+            f"{path} exists already.",
+            why="Replacing results silently would lose them.",
+            fix="Choose another --report, or pass --overwrite to replace it.",
+        )
+
+
+def _base_of(folder: Path, model: DynamicModel) -> DynamicModel | None:
+    """The conversion that a model is or was fine-tuned from, whose complete model is the source's; None where it is gone."""
+    from dydit_cli.artifacts import load_model
+    from dydit_cli.artifacts.ancestry import ancestors, manifest_of
+
+    manifest = manifest_of(folder) or {}
+    places = [str(folder)] if manifest.get("stage") == "convert" else []
+    places += [
+        each.path for each in ancestors(manifest) if each.stage == "convert" and each.state == "present"
+    ]
+    for place in places:
+        try:
+            base = load_model(place, execution="static", device=model.device, convention="native")
+        except DyditError:
+            continue
+        if base.geometry.sample_shape == model.geometry.sample_shape:
+            return base
+    return None
+
+
+def _samples(
+    model: DynamicModel,
+    base: DynamicModel | None,
+    sampling: SampleSection | None,
+    inputs: Inputs | None,
+    seed: int,
+    show: Progress,
+) -> tuple[Samples, float]:
+    """A few images of the static and the dynamic model from the same noise, and the mean ratio on the way of the dynamic ones."""
+    from dydit_cli.reporting.drawing import draw_samples
+
+    samples, ratios = draw_samples(
+        model,
+        base=base,
+        num_images=TRAJECTORY_IMAGES,
+        vae=None if sampling is None else sampling.vae,
+        seed=seed,
+        on_progress=lambda done, total: show("sampling", done, total),
+        **_sampling_settings(sampling, inputs),
+    )
+    return samples, sum(ratios) / len(ratios)
 
 
 def _model(section: ProfileSection, device: torch.device) -> DynamicModel:
@@ -285,9 +418,25 @@ def _trajectory_ratio(
     model: DynamicModel, sampling: SampleSection | None, inputs: Inputs | None, seed: int, show: Progress
 ) -> float:
     """The mean ratio along sampling trajectories: those of the recipe's `sample` section, else 50 steps with the usual guidance."""
+    from dydit_cli.sampling.generate import generate
+
+    ratios: list[float] = []
+    for batch in generate(
+        model,
+        num_images=TRAJECTORY_IMAGES,
+        batch_size=TRAJECTORY_IMAGES,
+        seed=seed,
+        on_progress=lambda done: show("sampling", int(done), TRAJECTORY_IMAGES),
+        **_sampling_settings(sampling, inputs),
+    ):
+        ratios += batch.ratios.tolist()
+    return sum(ratios) / len(ratios)
+
+
+def _sampling_settings(sampling: SampleSection | None, inputs: Inputs | None) -> dict[str, Any]:
+    """How to sample: as the recipe's `sample` section says, from the inputs' prompts where the model reads such."""
     from dydit_cli.data.conditions import conditions_of
     from dydit_cli.families.text_condition import TextCondition
-    from dydit_cli.sampling.generate import generate
 
     chosen: dict[str, Any] = (
         {}
@@ -298,17 +447,7 @@ def _trajectory_ratio(
         conditions = conditions_of(inputs.source, range(min(TRAJECTORY_IMAGES, len(inputs.source))))
         if isinstance(conditions, TextCondition):
             chosen["conditions"] = conditions
-    ratios: list[float] = []
-    for batch in generate(
-        model,
-        num_images=TRAJECTORY_IMAGES,
-        batch_size=TRAJECTORY_IMAGES,
-        seed=seed,
-        on_progress=lambda done: show("sampling", int(done), TRAJECTORY_IMAGES),
-        **chosen,
-    ):
-        ratios += batch.ratios.tolist()
-    return sum(ratios) / len(ratios)
+    return chosen
 
 
 def _say_how(report: ProfileReport, section: ProfileSection) -> None:
@@ -318,7 +457,11 @@ def _say_how(report: ProfileReport, section: ProfileSection) -> None:
         say = console.note if report.inputs["real"] else console.warn
         say(report.inputs["note"])
     for name, counted in report.counted.items():
-        if not counted.agrees:
+        if counted.timed:
+            console.note(
+                f"The formula leaves out TD-LoRA, for which the {name} model takes {counted.deviation:.2%} more here."
+            )
+        elif not counted.agrees:
             console.warn(
                 f"the counters differ from the formula of the {name} model by {counted.deviation:.2%}; please report this."
             )

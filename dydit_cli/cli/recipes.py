@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dydit_cli.cli import console
-from dydit_cli.cli.help_text import examples
+from dydit_cli.cli.help_text import AsJson, examples
 from dydit_cli.cli.stage import complete_recipe
 from dydit_cli.errors import DyditError
 
@@ -45,7 +45,7 @@ RecipeName = Annotated[
 
 @app.command("list", epilog=examples(("dydit recipes list", "dydit recipes list --json")))
 def list_recipes(
-    json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+    json: AsJson = False,
 ) -> None:
     """List the built-in recipes."""
     from dydit_cli.recipe.builtin import builtin_recipes
@@ -72,13 +72,19 @@ def list_recipes(
 def show(
     name: RecipeName,
     resolved: Annotated[bool, typer.Option("--resolved", help="Fill in every default.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Print a recipe, as it is written or with every default filled in."""
     from dydit_cli.recipe.builtin import find_recipe
     from dydit_cli.recipe.loading import load_recipe
 
     text = load_recipe(name).to_yaml() if resolved else find_recipe(name).read_text(encoding="utf-8")
-    console.say(text.rstrip("\n"))
+    if json:
+        import yaml
+
+        console.emit_json(yaml.safe_load(text))
+    else:
+        console.say(text.rstrip("\n"))
 
 
 @app.command(
@@ -94,6 +100,7 @@ def copy(
             help="A file or folder; the recipe's name in this folder if left out.", metavar="DEST"
         ),
     ] = None,
+    json: AsJson = False,
 ) -> None:
     """Copy a built-in recipe, to change it."""
     from dydit_cli.recipe.builtin import SUFFIX, builtin_recipe
@@ -104,7 +111,10 @@ def copy(
     if target.is_dir():
         target = target / file_name
     _write_new(target, recipe.path.read_bytes())
-    console.say(f"copied to {target}")
+    if json:
+        console.emit_json({"name": recipe.name, "copied_to": target})
+    else:
+        console.say(f"copied to {target}")
     console.note(f"next: edit it, then dydit recipes validate {target}")
 
 
@@ -113,6 +123,7 @@ def validate(
     files: Annotated[
         list[str], typer.Argument(help="Recipes: YAML files or built-in names.", metavar="FILE...")
     ],
+    json: AsJson = False,
 ) -> None:
     """Check recipes completely, without running anything.
 
@@ -121,13 +132,19 @@ def validate(
     from dydit_cli.recipe.loading import load_recipe
 
     refused: list[DyditError] = []
+    found: list[dict[str, object]] = []
     for file in files:
         try:
             recipe = load_recipe(file)
         except DyditError as error:
             refused.append(error)
+            found.append({"file": file, "ok": False, "mistakes": error.what.splitlines()})
         else:
-            console.say(f"{file}: ok ({', '.join(recipe.sections) or 'no stages'})")
+            found.append({"file": file, "ok": True, "stages": list(recipe.sections)})
+            if not json:
+                console.say(f"{file}: ok ({', '.join(recipe.sections) or 'no stages'})")
+    if json:
+        console.emit_json(found)
     if len(refused) == 1:
         raise refused[0]
     if refused:

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dydit_cli.cli import console, stage
+from dydit_cli.cli.help_text import AsJson
+from dydit_cli.cli.launched import run_in_processes
 from dydit_cli.cli.progress import progress_bar
+from dydit_cli.processes.environment import is_launched
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -178,6 +181,12 @@ def sample(
             rich_help_panel="Model",
         ),
     ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that share the images, a GPU each.", show_default="1", rich_help_panel="Model"
+        ),
+    ] = None,
     video_formats: Annotated[
         str | None,
         typer.Option(
@@ -198,7 +207,7 @@ def sample(
             "--overwrite/--no-overwrite", help="Replace an existing folder.", show_default="no-overwrite"
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Draw images with a dynamic model.
 
@@ -210,6 +219,8 @@ def sample(
     from dydit_cli.recipe.schema import SampleSection
 
     request = stage.resolve(context, SampleSection)
+    _note_idle(request.section)
+    run_in_processes(context, request.section.processes)
     report = sample_with_progress(request.section, request.recipe.to_yaml())
     if report.kind == "latents":
         console.warn(f"the model makes latents, and no --vae was given: {report.out} holds no pictures.")
@@ -221,6 +232,16 @@ def sample(
     console.results().print(summary(report))
     console.say(f"Written to {report.out}: {', '.join(report.files)}")
     console.note(f"next: {_next_command(request.section, report)}")
+
+
+def _note_idle(section: SampleSection) -> None:
+    """Warn of processes that will have nothing to do, where these are started."""
+    batches = -(-section.num_images // (1 if section.deterministic else section.batch_size))
+    if batches < section.processes and not is_launched():
+        console.warn(
+            f"{section.num_images} images in batches of {section.batch_size} keep {batches} of {section.processes} processes busy; "
+            f"pass --batch-size {max(1, section.num_images // section.processes)} to use all."
+        )
 
 
 def sample_with_progress(section: SampleSection, recipe_yaml: str | None = None) -> SampleReport:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from dydit_cli.errors import DyditError
 from dydit_cli.evaluation.extractors.extractor import Extractor, Features, joined
 from dydit_cli.evaluation.inputs.source import ImageBatch, ImageSource
+from dydit_cli.processes.world import ALONE, World
 
 Progress = Callable[[str, float, int], None]
 """Told what is being done, how much of it is, and of how much."""
@@ -60,38 +62,57 @@ def collect(
     keep_images: bool = False,
     what: str = "images",
     on_progress: Progress = lambda what, done, total: None,
+    world: World = ALONE,
 ) -> Collected:
     """Read or sample all images, extract their features, and keep the images if asked.
+
+    Several processes share the batches, and all of them get everything, in its order.
 
     Raises:
         DyditError: As the source and the network do.
     """
-    parts: list[Features] = []
-    kept: list[Tensor] = []
-    ratios: list[Tensor] = []
-    seconds: list[tuple[float, int]] = []
-    done, frames = 0, None
-    for batch in source.batches(FEATURE_BATCH):
-        frames = batch.images.shape[1] if batch.images.ndim == 5 else None
-        if extractor is not None:
-            parts += _features(batch, extractor)
-        if keep_images:
-            kept.append(batch.images)
-        if batch.ratios is not None:
-            ratios.append(batch.ratios)
-        if batch.seconds is not None:
-            seconds.append((batch.seconds, len(batch.images)))
-        done += len(batch.images)
-        on_progress(what, done, len(source))
+    own: list[_Part] = []
+    done = 0
+    for batch in source.batches(FEATURE_BATCH, world):
+        own.append(
+            _Part(
+                len(batch.images),
+                batch.images.shape[1] if batch.images.ndim == 5 else None,
+                _features(batch, extractor) if extractor is not None else [],
+                batch.images if keep_images else None,
+                batch.ratios,
+                batch.seconds,
+            )
+        )
+        done += len(batch.images) * world.size
+        on_progress(what, min(done, len(source)), len(source))
+    # Batches went round: the first of every process, then the second of every process.
+    rounds = zip_longest(*world.gather(own))
+    parts = [part for among in rounds for part in among if part is not None]
+    features = [rows for part in parts for rows in part.features]
+    kept = [part.images for part in parts if part.images is not None]
+    ratios = [part.ratios for part in parts if part.ratios is not None]
     return Collected(
-        joined(parts) if parts else None,
+        joined(features) if features else None,
         torch.cat(kept) if kept else None,
-        done,
-        frames,
+        sum(part.count for part in parts),
+        parts[-1].frames if parts else None,
         source.labels,
         torch.cat(ratios) if ratios else None,
-        tuple(seconds),
+        tuple((part.seconds, part.count) for part in parts if part.seconds is not None),
     )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a batch gave; see `Collected`."""
+
+    count: int
+    frames: int | None
+    features: list[Features]
+    images: Tensor | None
+    ratios: Tensor | None
+    seconds: float | None
 
 
 def _features(batch: ImageBatch, extractor: Extractor) -> list[Features]:

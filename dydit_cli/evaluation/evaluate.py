@@ -13,7 +13,6 @@ import torch
 from dydit_cli.artifacts import artifact_folder, write_json, write_manifest
 from dydit_cli.artifacts.manifest import device_description, versions
 from dydit_cli.artifacts.writing import refuse_existing
-from dydit_cli.devices import find_device
 from dydit_cli.errors import DyditError
 from dydit_cli.evaluation.collecting import Collected, Progress, collect
 from dydit_cli.evaluation.conditions import Condition, read_condition
@@ -30,6 +29,7 @@ from dydit_cli.evaluation.reference import Reference, open_reference, write_stat
 from dydit_cli.evaluation.report import FILE, Cost, EvaluationReport
 from dydit_cli.evaluation.scoring import Scores, score
 from dydit_cli.evaluation.settings import AUTO, EvaluationSettings
+from dydit_cli.processes.world import World, join
 from dydit_cli.randomness import generator
 
 LEAST_IMAGES = 2
@@ -71,7 +71,11 @@ def evaluate(
     _check(settings, conditions, out)
     if out is not None:
         refuse_existing(Path(out), overwrite)
-    path, device = Path(subject).expanduser(), find_device(settings.sampling.device)
+    world = join(settings.processes, settings.sampling.device)
+    path, device = Path(subject).expanduser(), world.device(settings.sampling.device)
+    if world.size > 1:
+        # Each process's own.
+        settings = replace(settings, sampling=replace(settings.sampling, device=str(device)))
     progress = _sampling(on_progress, settings, "images")
     source = open_source(path, settings.sampling, progress, settings.limit, settings.videos)
     against = Against.opened(settings, source, device) if settings.against is not None else None
@@ -81,10 +85,10 @@ def evaluate(
     )
     reference = None
     if reference_name is not None and extractor is not None:
-        reference = open_reference(reference_name, extractor, on_progress, settings.videos)
-    found = collect(source, extractor, keep_images=against is not None, on_progress=on_progress)
+        reference = open_reference(reference_name, extractor, on_progress, settings.videos, world)
+    found = collect(source, extractor, keep_images=against is not None, on_progress=on_progress, world=world)
     scores = _scores(found, extractor, reference, reason)
-    pairs = compare_with(against, found, on_progress) if against is not None else None
+    pairs = compare_with(against, found, on_progress, world) if against is not None else None
     report = EvaluationReport(
         name=path.name or str(path),
         subject=source.describe(),
@@ -95,13 +99,14 @@ def evaluate(
         metrics=scores.values,
         missing=scores.missing,
         pairs=None if pairs is None else pairs.report,
-        cost=_cost(source, found),
+        cost=_cost(source, found, world),
         notes=_notes(found, extractor, scores),
         device=device_description(device),
         versions=versions(),
         seconds=time.perf_counter() - started,
     )
-    if out is not None:
+    # All have measured the same; the first writes.
+    if out is not None and world.is_first:
         with artifact_folder(out, overwrite=overwrite) as folder:
             files = [FILE]
             if pairs is not None and against is not None and found.images is not None:
@@ -220,7 +225,7 @@ def _scores(
     return score(found, extractor, reference)
 
 
-def _cost(source: ImageSource, found: Collected) -> Cost | None:
+def _cost(source: ImageSource, found: Collected, world: World) -> Cost | None:
     if not isinstance(source, ModelImages) or found.ratios is None:
         return None
     facts = source.describe()
@@ -230,16 +235,18 @@ def _cost(source: ImageSource, found: Collected) -> Cost | None:
         static_mmacs=facts["static_mmacs"],
         mmacs=executed_mmacs(source.model, ratio.value),
         ratio=ratio,
-        seconds_per_image=_seconds(found.batch_seconds),
+        seconds_per_image=_seconds(found.batch_seconds, world.size),
     )
 
 
-def _seconds(batches: Sequence[tuple[float, int]]) -> Measure | None:
-    """Seconds an image, over whole batches of one size; the first batch plans and packs, and is left out where others follow."""
+def _seconds(batches: Sequence[tuple[float, int]], processes: int) -> Measure | None:
+    """Seconds an image takes a process, over whole batches of one size; the first batch of a process plans and packs, and is left
+    out where others follow.
+    """
     if not batches:
         return None
     size = batches[0][1]
-    later = [seconds / count for seconds, count in batches[1:] if count == size]
+    later = [seconds / count for seconds, count in batches[processes:] if count == size]
     if not later:
         return Measure(sum(seconds for seconds, _ in batches) / sum(count for _, count in batches))
     return bootstrapped_mean(torch.tensor(later, dtype=torch.float64), generator(0, "seconds"))

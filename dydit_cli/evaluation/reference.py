@@ -23,6 +23,7 @@ from dydit_cli.evaluation.inputs.kinds import is_model
 from dydit_cli.evaluation.inputs.model import SamplingSettings
 from dydit_cli.evaluation.inputs.opening import open_source
 from dydit_cli.evaluation.metrics.moments import Moments, moments_of
+from dydit_cli.processes.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class Reference:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def open_reference(name: str, extractor: Extractor, on_progress: Progress, videos: bool = False) -> Reference:
+def open_reference(
+    name: str, extractor: Extractor, on_progress: Progress, videos: bool = False, world: World = ALONE
+) -> Reference:
     """Open a reference.
 
     * ``fashion-mnist``: packaged statistics of the 60,000 training images; the packaged 10,000 of them serve the metrics that
@@ -52,14 +55,21 @@ def open_reference(name: str, extractor: Extractor, on_progress: Progress, video
     * An .npz with ``mu`` and ``sigma`` (pytorch-fid's form; ADM's has ``mu_s`` and ``sigma_s`` as well, and images).
     * Anything else that holds images or videos.
 
+    Args:
+        name: One of these.
+        extractor: The network.
+        on_progress: See `Progress`.
+        videos: See `open_source`.
+        world: Processes that share its images.
+
     Raises:
         DyditError: If it is not there, damaged, or made with another network.
     """
     if name == FASHION:
-        return _packaged(extractor, on_progress)
+        return _packaged(extractor, on_progress, world)
     path = Path(name).expanduser()
     if path.suffix == ".npz" and "mu" in names_in(path):
-        return _statistics(path, extractor, on_progress)
+        return _statistics(path, extractor, on_progress, world)
     if is_model(path):
         raise DyditError(
             f"The reference {path} is a model.",
@@ -67,11 +77,11 @@ def open_reference(name: str, extractor: Extractor, on_progress: Progress, video
             fix="Pass real images; to compare with a model's images, write them with `dydit sample` first, or use --against.",
         )
     source = open_source(path, SamplingSettings(), videos=videos)
-    found = collect(source, extractor, what="reference", on_progress=on_progress)
+    found = collect(source, extractor, what="reference", on_progress=on_progress, world=world)
     return _of_images(found, source.describe())
 
 
-def _packaged(extractor: Extractor, on_progress: Progress) -> Reference:
+def _packaged(extractor: Extractor, on_progress: Progress, world: World) -> Reference:
     if extractor.name != FASHION:
         raise DyditError(
             "The packaged reference does not fit the network.",
@@ -81,7 +91,7 @@ def _packaged(extractor: Extractor, on_progress: Progress) -> Reference:
     path = fashion_statistics()
     pooled, spatial, _ = _read(path, extractor)
     images = open_idx(packaged_subset())
-    found = collect(images, extractor, what="reference", on_progress=on_progress)
+    found = collect(images, extractor, what="reference", on_progress=on_progress, world=world)
     facts = {
         "kind": "packaged statistics",
         "path": FASHION,
@@ -92,12 +102,13 @@ def _packaged(extractor: Extractor, on_progress: Progress) -> Reference:
     return Reference(pooled, spatial, None, found.features, facts)
 
 
-def _statistics(path: Path, extractor: Extractor, on_progress: Progress) -> Reference:
+def _statistics(path: Path, extractor: Extractor, on_progress: Progress, world: World) -> Reference:
     pooled, spatial, temporal = _read(path, extractor)
     facts = {"kind": "statistics", "path": str(path), "sha256": file_hash(path), "images": pooled.count}
     features = None
     if any(name in names_in(path) for name in NAMES):
-        found = collect(open_archive(path), extractor, what="reference", on_progress=on_progress)
+        images = open_archive(path)
+        found = collect(images, extractor, what="reference", on_progress=on_progress, world=world)
         features = found.features
         facts["images_with_features"] = found.count
     return Reference(pooled, spatial, temporal, features, facts)

@@ -24,6 +24,7 @@ class EvaluationSettings:
         against: A static model, or images to pair with.
         yardstick_images: Pairs of each yardstick, at most; 0 measures none.
         lpips: Folder of its weights. clip: Folder of a CLIP model. prompts: File of prompts for it.
+        processes: Processes that share sampling and features, of which this is one.
         statistics: Also write the moments of the samples' features.
         fail_if: Conditions under which the run fails.
     """
@@ -39,5 +40,6 @@ class EvaluationSettings:
     lpips: str | None = None
     clip: str | None = None
     prompts: str | None = None
+    processes: int = 1
     statistics: bool = False
     fail_if: Sequence[str] = ()

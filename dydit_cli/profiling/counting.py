@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dydit_cli.dynamic.gates import CompleteGating, Gating, ImposedGating
 from dydit_cli.dynamic.routing import Routing
+from dydit_cli.dynamic.timed import is_timed
 from dydit_cli.execution import CompactExecutor, Executor, StaticExecutor
 from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.flops import macs_of
@@ -36,12 +37,14 @@ class CountedMacs:
         fvcore: With LayerNorm.
         formula_without_layernorm: For comparison with torch.
         torch: Half of what torch's counter gives.
+        timed: Whether the model's weights follow the timestep (TD-LoRA), which the formula leaves out.
     """
 
     formula: float
     fvcore: float
     formula_without_layernorm: float
     torch: float
+    timed: bool = False
 
     @property
     def agrees(self) -> bool:
@@ -169,6 +172,7 @@ def _count(
         fvcore=_fvcore_macs(forward, inputs) / batch,
         formula_without_layernorm=report.total_without_layernorm,
         torch=_torch_macs(forward, inputs) / batch,
+        timed=is_timed(forward.model),
     )
 
 

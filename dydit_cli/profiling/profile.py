@@ -81,6 +81,7 @@ class CountedGmacs:
         deviation: The larger relative deviation of a counter from its formula.
         agrees: Whether that is within 0.1 %.
         t: Timestep whose decisions were counted; None for the static model.
+        timed: Whether the weights follow the timestep (TD-LoRA), which the formula leaves out.
     """
 
     formula: float
@@ -90,6 +91,7 @@ class CountedGmacs:
     deviation: float
     agrees: bool
     t: float | None
+    timed: bool = False
 
     @classmethod
     def of(cls, counted: CountedMacs, t: float | None = None) -> CountedGmacs:
@@ -102,6 +104,7 @@ class CountedGmacs:
             deviation=counted.deviation,
             agrees=counted.agrees,
             t=t,
+            timed=counted.timed,
         )
 
 

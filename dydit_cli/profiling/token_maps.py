@@ -28,7 +28,8 @@ class TokenMaps:
         noise_level: (T,). t: (T,).
         clean: (K, C, h, w).
         noised: (K, T, C, h, w).
-        kept: (K, T, side, side), the share of blocks in which a token is kept.
+        masks: (K, T, L, side, side), whether each block keeps a token.
+        labels: (K,) classes of the images; none where there are none.
         frames: Of a video, the numbers of the K frames that are shown, from 0; None for K images.
     """
 
@@ -36,12 +37,26 @@ class TokenMaps:
     t: Tensor
     clean: Tensor
     noised: Tensor
-    kept: Tensor
+    masks: Tensor
+    labels: tuple[int, ...] = ()
     frames: tuple[int, ...] | None = None
+
+    @property
+    def kept(self) -> Tensor:
+        """(K, T, side, side), the share of blocks in which a token is kept."""
+        return self.masks.float().mean(dim=2)
 
 
 @torch.no_grad()
-def token_maps(model: DynamicModel, source: Source, objective: Objective, seed: int = 0) -> TokenMaps:
+def token_maps(
+    model: DynamicModel,
+    source: Source,
+    objective: Objective,
+    seed: int = 0,
+    *,
+    levels: int = LEVELS,
+    images: int = IMAGES,
+) -> TokenMaps:
     """Run a few samples of distinct classes through a model and note which tokens it keeps; of a video model, one video, of
     which the first, the middle and the last frame are shown.
 
@@ -50,15 +65,17 @@ def token_maps(model: DynamicModel, source: Source, objective: Objective, seed: 
         source: Held-out samples.
         objective: Of the model's family.
         seed: Of the noise, which is the same at all levels, so that one sees one image fade.
+        levels: How many noise levels.
+        images: How many images, at most.
     """
     geometry = model.geometry
     # Images of one shape; those of another would need a picture of their own.
     first = same_shape(source, range(len(source)))[0]
-    distinct = _of_distinct_classes(source.labels[first], 1 if geometry.num_frames else IMAGES)
+    distinct = _of_distinct_classes(source.labels[first], 1 if geometry.num_frames else images)
     chosen = [first[place] for place in distinct]
     clean, condition = source.batch(chosen), conditions_of(source, chosen)
     noise = torch.stack([normal(seed, tuple(clean.shape[1:]), "token_maps", index) for index in chosen])
-    grid = objective.grid(LEVELS)
+    grid = objective.grid(levels)
     order = objective.noise_level(grid).argsort(descending=True)
     sides = tuple(length // geometry.patch_size for length in clean.shape[-2:])
     places = (geometry.num_frames, *sides) if geometry.num_frames else sides
@@ -74,19 +91,20 @@ def token_maps(model: DynamicModel, source: Source, objective: Objective, seed: 
             gating=ThresholdGating(model.keep_bias),
         )
         noised.append(states)
-        kept.append(routing.tokens.float().mean(dim=1).unflatten(1, places).cpu())
-    levels = objective.noise_level(grid)[order]
+        kept.append(routing.tokens.bool().unflatten(2, places).cpu())
+    noise_levels = objective.noise_level(grid)[order]
     pictures, maps = torch.stack(noised, dim=1), torch.stack(kept, dim=1)
     if not geometry.num_frames:
-        return TokenMaps(levels, grid[order], clean, pictures, maps)
+        labels = tuple(int(source.labels[index]) for index in chosen) if geometry.num_classes else ()
+        return TokenMaps(noise_levels, grid[order], clean, pictures, maps, labels)
     frames = sorted({0, geometry.num_frames // 2, geometry.num_frames - 1})
     return TokenMaps(
-        levels,
+        noise_levels,
         grid[order],
         clean[0, frames],
         pictures[0][:, frames].transpose(0, 1),
-        maps[0][:, frames].transpose(0, 1),
-        tuple(frames),
+        maps[0][:, :, frames].permute(2, 0, 1, 3, 4),
+        frames=tuple(frames),
     )
 
 

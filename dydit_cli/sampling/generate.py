@@ -18,6 +18,7 @@ from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.families.family import require
 from dydit_cli.families.registry import family_of
 from dydit_cli.families.text_condition import TextCondition
+from dydit_cli.processes.world import ALONE, World
 from dydit_cli.sampling.determinism import deterministic_kernels
 from dydit_cli.sampling.guidance import GUIDED_CHOICES, Guidance, GuidedField
 from dydit_cli.sampling.noise import ImageNoise
@@ -62,16 +63,26 @@ class GenerationSettings:
     batch_size: int
     deterministic: bool
 
+    @property
+    def num_batches(self) -> int:
+        """How many batches there are."""
+        return -(-self.num_images // self._batch_images)
+
     def batches(self) -> Iterator[tuple[int, ...]]:
-        """The indices of each batch.
+        """The indices of each batch."""
+        size = self._batch_images
+        for first in range(0, self.num_images, size):
+            yield tuple(range(first, min(first + size, self.num_images)))
+
+    @property
+    def _batch_images(self) -> int:
+        """Images of a batch.
 
         An adaptive sampler makes one image at a time, or its steps would depend on the others. A deterministic run does too:
         padding to a fixed batch would not do, because the number of kept tokens, and with it the shape of a product, would
         still depend on the others.
         """
-        size = 1 if self.sampler.adaptive or self.deterministic else self.batch_size
-        for first in range(0, self.num_images, size):
-            yield tuple(range(first, min(first + size, self.num_images)))
+        return 1 if self.sampler.adaptive or self.deterministic else self.batch_size
 
     def label(self, index: int) -> int:
         """The class of image ``index``."""
@@ -183,6 +194,7 @@ def generate(
     size: tuple[int, int] | None = None,
     schedule: Schedule | None = None,
     on_progress: Progress | None = None,
+    world: World = ALONE,
 ) -> Iterator[Batch]:
     """Generate images in the model's own execution, dtype and device. Arguments are checked at once, work is done on iteration.
 
@@ -202,9 +214,10 @@ def generate(
         size: Height and width of its latents; those of the model's reference resolution by default.
         schedule: Configuration of its scheduler; FLUX.1-dev's by default.
         on_progress: Told after each step how many images are done, a step counting as its share of its batch.
+        world: Processes that share the batches, one after the other in turn. Batches are those of one process, and so are images.
 
     Returns:
-        Batches in the order of the images.
+        This process's batches, in the order of the images.
 
     Raises:
         DyditError: For settings that do not fit the model, for samples that are not finite, or if dopri5 gives up.
@@ -236,7 +249,7 @@ def generate(
     shape = model.geometry.sample_shape
     if size is not None:
         shape = (*shape[:-2], *size)
-    return _generated(model, settings, shape, conditions, on_progress or (lambda done: None))
+    return _generated(model, settings, shape, conditions, on_progress or (lambda done: None), world)
 
 
 def _generated(
@@ -245,6 +258,7 @@ def _generated(
     shape: tuple[int, ...],
     conditions: TextCondition | None,
     on_progress: Progress,
+    world: World,
 ) -> Iterator[Batch]:
     sampler = settings.sampler
     times = sampler.times_at(settings.steps, shape)
@@ -253,7 +267,9 @@ def _generated(
         known = None if conditions is not None else settings.labels_of_run(model.geometry.num_classes)
         model.plan(times, known)
     on_device = conditions.to(model.device) if conditions is not None else None
-    for indices in settings.batches():
+    for number, indices in enumerate(settings.batches()):
+        if not world.has(number):
+            continue
         labels = tuple(settings.label(index) for index in indices)
         numbers = torch.tensor(labels, device=model.device)
         field = GuidedField(model, numbers if on_device is None else on_device[numbers], settings.guidance)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,15 @@ import torch
 from dydit_cli.artifacts import artifact_folder, load_model, model_config, write_manifest
 from dydit_cli.artifacts.manifest import device_description
 from dydit_cli.artifacts.writing import refuse_existing
-from dydit_cli.devices import find_device
 from dydit_cli.errors import DyditError
 from dydit_cli.families.family import require
 from dydit_cli.families.registry import class_named, family_named
 from dydit_cli.pipelines.autoencoder import Autoencoder
+from dydit_cli.processes.world import World, join
 from dydit_cli.sampling.decoding import ROUNDING, VaeDecoder, makes_pixels, open_vae, vae_config
 from dydit_cli.sampling.generate import Batch, Progress, check_settings, generate
 from dydit_cli.sampling.prompts import TextRequest
-from dydit_cli.sampling.text_run import refuse_texts, strength_of, text_arguments
+from dydit_cli.sampling.text_run import refuse_companions, refuse_texts, strength_of, text_arguments
 from dydit_cli.sampling.video_writing import DEFAULT_FORMATS, DEFAULT_FPS, VideoWriter, check_video_formats
 from dydit_cli.sampling.writing import SampleWriter
 
@@ -94,6 +95,7 @@ def sample(
     device: str = "auto",
     dtype: str = "float32",
     deterministic: bool = False,
+    processes: int = 1,
     video_formats: Sequence[str] = DEFAULT_FORMATS,
     fps: float = DEFAULT_FPS,
     overwrite: bool = False,
@@ -125,6 +127,7 @@ def sample(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         deterministic: Each image alone, the same bit for bit whatever the batch size; see `generate`.
+        processes: Processes that share the batches, of which this is one; the first writes. `dydit sample --processes` starts them.
         video_formats: What a video model's samples become: some of ``mp4``, ``gif``, ``frames`` and ``grid``.
         fps: Frames a second of these files.
         overwrite: Replace ``out``.
@@ -156,11 +159,13 @@ def sample(
     channels = int(config["in_channels"])
     settings = check_settings(family.objective, 0 if texts else int(config["num_classes"]), **request)
     if texts:
+        refuse_companions(config)
         folder_of_parts = request_of_text.check()
     else:
         refuse_texts(request_of_text, height, width)
     check_video_formats(video_formats, fps)
-    place, number_type = find_device(device), _dtype_named(dtype)
+    world = join(processes, device)
+    place, number_type = world.device(device), _dtype_named(dtype)
     refuse_existing(Path(out), overwrite)
     if vae is not None and not texts:
         vae_config(Path(vae).expanduser(), channels)
@@ -191,14 +196,15 @@ def sample(
     pixels = (makes_pixels(channels) and not texts) or decoder is not None
     # Latents are written as they are, whatever they are latents of.
     videos = pixels and len(loaded.geometry.sample_shape) == 4
-    with artifact_folder(out, overwrite=overwrite) as folder:
+    with artifact_folder(out, overwrite=overwrite) if world.is_first else nullcontext(Path(out)) as folder:
         writer: SampleWriter | VideoWriter
         if videos:
             writer = VideoWriter(folder, num_images, decoder, formats=video_formats, fps=fps)
         else:
             writer = SampleWriter(folder, num_images, labels, decoder)
         with writer:
-            totals = _write_all(generate(loaded, **request, **asked, on_progress=on_progress), writer)
+            batches = generate(loaded, **request, **asked, on_progress=on_progress, world=world)
+            totals = write_all(batches, math.ceil(settings.num_batches / world.size), writer, world)
         report = SampleReport(
             out=str(out),
             files=writer.files,
@@ -217,6 +223,8 @@ def sample(
             torch=torch.__version__,
             rounding=ROUNDING if pixels else None,
         )
+        if not world.is_first:
+            return report
         if recipe_yaml is not None:
             (folder / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
         used = request | {
@@ -230,6 +238,7 @@ def sample(
             # JSON has no word for infinity.
             "keep_bias": keep_bias if math.isfinite(keep_bias) else str(keep_bias),
             "budget": budget,
+            "processes": processes,
             "dtype": dtype,
             "vae": None if vae is None else str(vae),
             "scaling_factor": decoder.scaling_factor if decoder is not None else None,
@@ -253,7 +262,7 @@ def sample(
 
 
 @dataclass
-class _Totals:
+class Totals:
     """Sums over the images of a run, and its wall time."""
 
     ratios: float = 0.0
@@ -261,14 +270,22 @@ class _Totals:
     seconds: float = 0.0
 
 
-def _write_all(batches: Iterable[Batch], writer: SampleWriter | VideoWriter) -> _Totals:
-    totals, started = _Totals(), time.perf_counter()
-    for batch in batches:
-        writer.write(batch.samples)
-        totals.ratios += float(batch.ratios.sum())
-        totals.evaluations += batch.evaluations * len(batch.indices)
+def write_all(
+    batches: Iterator[Batch], rounds: int, writer: SampleWriter | VideoWriter, world: World
+) -> Totals:
+    """Write the batches of all processes in the order of the images; in each of the ``rounds``, every process makes one."""
+    totals, started = Totals(), time.perf_counter()
+    for _ in range(rounds):
+        batch = next(batches, None)
+        for images in world.to_first(None if batch is None else writer.finished(batch.samples)):
+            if images is not None:
+                writer.append(images)
+        if batch is not None:
+            totals.ratios += float(batch.ratios.sum())
+            totals.evaluations += batch.evaluations * len(batch.indices)
     totals.seconds = time.perf_counter() - started
-    return totals
+    parts = world.gather(totals)
+    return Totals(sum(part.ratios for part in parts), sum(part.evaluations for part in parts), totals.seconds)
 
 
 def _dtype_named(name: str) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from dydit_cli.data.cached_text import TextGeometry
 from dydit_cli.errors import DyditError
 from dydit_cli.families.dynamic_model import DynamicModel
+from dydit_cli.families.flux_geometry import pipeline_for
 from dydit_cli.pipelines.autoencoder import Autoencoder, open_autoencoder
 from dydit_cli.pipelines.folder import PipelineFolder
 from dydit_cli.sampling.prompts import TextRequest, conditions_for
@@ -35,6 +37,24 @@ def refuse_texts(request: TextRequest, height: int | None, width: int | None) ->
     )
 
 
+def refuse_companions(config: Mapping[str, Any]) -> None:
+    """See that a model of texts begins with noise alone.
+
+    Raises:
+        DyditError: If it takes latents beside the sample, of a picture to fill or of edges to follow.
+    """
+    taken = int(config["in_channels"])
+    predicted = int(config.get("out_channels") or taken)
+    if taken == predicted:
+        return
+    raise DyditError(
+        "The model takes latents beside the sample.",
+        why="It is made for filling or following images, which need one to begin with.",
+        fix=f"Export it as a pipeline and run that with diffusers' {pipeline_for(taken, predicted)}, or pass "
+        "dydit_cli.load_model(FOLDER) as the transformer of one that you have.",
+    )
+
+
 def text_arguments(
     model: DynamicModel,
     request: TextRequest,
@@ -54,12 +74,6 @@ def text_arguments(
     geometry = model.geometry
     if not isinstance(geometry, TextGeometry):
         raise TypeError(f"{type(geometry).__name__} is no geometry of a model of texts")
-    if getattr(geometry, "extra_channels", 0):
-        raise DyditError(
-            "The model takes latents beside the sample.",
-            why="It is made for filling or editing images, which need one to begin with.",
-            fix="Pass dydit_cli.load_model(FOLDER) as the transformer of diffusers' own pipeline for it.",
-        )
     found = conditions_for(request, geometry, guidance=guidance, device=device, dtype=dtype)
     decoder = None
     if vae is not None or pipeline is not None:

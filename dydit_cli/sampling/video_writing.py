@@ -119,9 +119,16 @@ class VideoWriter:
 
     def write(self, samples: Tensor) -> None:
         """Append a batch (B, F, C, h, w), pixels, or latents for the decoder."""
+        self.append(self.finished(samples))
+
+    def finished(self, samples: Tensor) -> NDArray:
+        """A batch as it is to be stored, (B, F, H, W, C) bytes; any process can do that."""
         frames = samples.flatten(0, 1)
         pixels = self._decoder.decode(frames) if self._decoder is not None else frames
-        videos = as_bytes(pixels.unflatten(0, tuple(samples.shape[:2])))
+        return as_bytes(pixels.unflatten(0, tuple(samples.shape[:2])))
+
+    def append(self, videos: NDArray) -> None:
+        """Append what `finished` gave."""
         colour = videos if videos.shape[-1] == 3 else videos.repeat(3, axis=-1)
         if self._stream is None:
             self._stream = self._begin(colour.shape[1:])

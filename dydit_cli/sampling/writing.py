@@ -66,15 +66,24 @@ class SampleWriter:
 
     def write(self, samples: Tensor) -> None:
         """Append a batch (B, C, h, w), pixels or latents; latents of videos, (B, F, C, h, w), too."""
-        if self._decoder is not None:
-            self._write_images(self._decoder.decode(samples))
-        elif makes_pixels(samples.shape[-3]):
-            self._write_images(samples)
-        else:
-            self._write_latents(samples)
+        self.append(self.finished(samples))
 
-    def _write_images(self, pixels: Tensor) -> None:
-        images = to_uint8(pixels).numpy()
+    def finished(self, samples: Tensor) -> NDArray:
+        """A batch as it is to be stored: (B, H, W, C) bytes, or fp32 latents; any process can do that."""
+        if self._decoder is not None:
+            samples = self._decoder.decode(samples)
+        elif not makes_pixels(samples.shape[-3]):
+            return samples.float().cpu().numpy()
+        return to_uint8(samples).numpy()
+
+    def append(self, batch: NDArray) -> None:
+        """Append what `finished` gave."""
+        if batch.dtype == np.uint8:
+            self._write_images(batch)
+        else:
+            self._write_latents(batch)
+
+    def _write_images(self, images: NDArray) -> None:
         colour = images if images.shape[-1] == 3 else images.repeat(3, axis=-1)
         if self._stream is None:
             (self._folder / "images").mkdir()
@@ -87,7 +96,7 @@ class SampleWriter:
             save_png(image, self._folder / "images" / f"{self._written:06d}.png")
             self._written += 1
 
-    def _write_latents(self, latents: Tensor) -> None:
+    def _write_latents(self, latents: NDArray) -> None:
         if self._stream is None:
             # The samples are at the model's scale already: whoever reads them multiplies by 1, and a VAE's user divides.
             stream = safetensors_stream(
@@ -98,7 +107,7 @@ class SampleWriter:
                 {"scale": "1.0", "format": "pt"},
             )
             self._stream = self._open_files.enter_context(stream)
-        self._stream.write(latents.float().cpu().numpy())
+        self._stream.write(latents)
 
 
 def image_grid(images: NDArray, columns: int | None = None, padding: int = PADDING) -> NDArray:

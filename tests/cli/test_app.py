@@ -38,7 +38,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Make the command line fail with a given exception."""
 
     def arrange(error: BaseException) -> None:
-        def run(words: list[str]) -> int:
+        def run(words: list[str], given: list[str]) -> int:
             raise error
 
         monkeypatch.setattr(application, "_run", run)
@@ -58,7 +58,7 @@ def parts(stderr: str) -> tuple[str, str, str]:
 
 
 def test_the_commands() -> None:
-    assert list(COMMANDS) == ["plan", *STAGES, "compare", "bench", "demo", "recipes"]
+    assert list(COMMANDS) == ["inspect", "plan", *STAGES, "compare", "bench", "demo", "doctor", "recipes"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -97,9 +97,11 @@ def test_the_defaults_that_help_shows_are_the_schemas(stage: str) -> None:
 
 HELPS = [
     *STAGES,
+    "inspect",
     "compare",
     "bench",
     "demo",
+    "doctor",
     "recipes",
     "recipes list",
     "recipes show",
@@ -301,7 +303,7 @@ def process(code: str, repository: Path, **options: Any) -> subprocess.Completed
 
 def test_a_polite_stop_cleans_up(repository: Path) -> None:
     done = process(
-        "def run(words):\n"
+        "def run(words, given):\n"
         "    try:\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "    finally:\n"
@@ -319,7 +321,7 @@ def test_a_file_size_limit_is_an_error_and_no_death(repository: Path, tmp_path: 
         "import resource\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "def run(words):\n"
+        "def run(words, given):\n"
         f"    open({str(tmp_path / 'a')!r}, 'wb').write(b'x' * 100_000)\n"
         "application._run = run\n"
         "sys.exit(main(['x']))",

@@ -23,11 +23,8 @@ def test_list_names_describes_and_says_the_stages(capsys: pytest.CaptureFixture[
     for recipe in builtin_recipes():
         line = next(line for line in out.splitlines() if line.startswith(recipe.name))
         stages = " ".join(load_recipe(recipe.name).sections)
-        assert stages.startswith(
-            ("convert finetune profile sample", "prepare convert finetune profile sample")
-        )
+        assert stages.startswith(("convert", "prepare convert")), recipe.name
         assert line.rstrip().endswith(f" {stages}")
-        assert "λ = 0.5" in line
 
 
 def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,7 +53,20 @@ def test_help_imports_no_library_but_typer_and_rich() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["convert", "finetune", "profile", "sample", "evaluate", "export", "compare", "bench", "demo"]
+    "command",
+    [
+        "convert",
+        "finetune",
+        "profile",
+        "sample",
+        "evaluate",
+        "export",
+        "compare",
+        "bench",
+        "demo",
+        "inspect",
+        "doctor",
+    ],
 )
 def test_the_help_of_a_command_is_light_too(command: str) -> None:
     assert not imported(command, "--help") & set(HEAVY)

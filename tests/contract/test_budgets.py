@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dydit_cli.artifacts import load_model, save_model
-from dydit_cli.dynamic.gates import GumbelGating, RoutingNoise
+from dydit_cli.dynamic.gates import FrozenWidthGating, GumbelGating, RoutingNoise, ThresholdGating
 from dydit_cli.errors import DyditError
 from dydit_cli.execution import CompactExecutor, DenseExecutor
 from dydit_cli.families.backbone import DynamicTransformer
@@ -26,6 +26,7 @@ def test_a_model_that_is_given_budgets_computes_what_it_did(family: Family) -> N
     model = tiny_model(family)
     extended = with_budgets(model, (0.3, 1.0), 0.5).eval()
     assert extended.budget == 0.5
+    assert extended.budget_router.gain > 0
     with torch.no_grad():
         before, after = (
             one.denoise(*tiny_inputs(model), executor=DenseExecutor())[0] for one in (model, extended)
@@ -73,11 +74,13 @@ def test_training_tells_its_own_budget_and_reaches_the_router(family: Family) ->
 @each_budgeted_family
 def test_artifacts_keep_budgets_and_their_default(family: Family, tmp_path: Path) -> None:
     model = tiny_model(family, **RANGE)
-    model.budget_router.ratios = model.budget_router.ratios * 0.9
+    model.budget_router.ratios = torch.tensor(model.budget_router.knots()) + 0.01
+    model.budget_router.shifts = torch.linspace(-1, 1, len(model.budget_router.shifts))
     save_model(model, tmp_path)
     loaded = load_model(tmp_path)
     assert loaded.budget == 0.5
     assert torch.equal(loaded.budget_router.ratios, model.budget_router.ratios)
+    assert torch.equal(loaded.budget_router.shifts, model.budget_router.shifts)
     assert load_model(tmp_path, budget=0.7).budget == 0.7
     with pytest.raises(DyditError, match="outside the range"):
         load_model(tmp_path, budget=0.2)
@@ -87,6 +90,31 @@ def test_artifacts_keep_budgets_and_their_default(family: Family, tmp_path: Path
 def test_a_model_without_budgets_refuses_one(family: Family) -> None:
     with pytest.raises(DyditError, match="no budgets"):
         tiny_model(family).set_budget(0.5)
+
+
+@each_budgeted_family
+def test_a_correction_is_a_dial_at_its_budget(family: Family) -> None:
+    """Live, planned, asked without an image, and with widths from elsewhere: as ``keep_bias`` by the same number."""
+    model, dialled = (tiny_model(family, **RANGE) for _ in range(2))
+    model.budget_router.shifts[:] = 0.7
+    dialled.set_keep_bias(0.7)
+    sample, times, condition = tiny_inputs(model)
+    with torch.no_grad():
+        for execution in ("dense", "compact"):
+            (one, routing), (other, expected) = (
+                each.set_execution(execution).denoise(sample, times[0], condition)
+                for each in (model, dialled)
+            )
+            assert torch.equal(bits(one), bits(other))
+            assert torch.equal(routing.groups, expected.groups)
+        plan = model.plan(times[:1])
+        planned, _ = model.denoise(sample, times[0], condition)
+        assert (plan.hits, plan.misses) == (1, 0)
+        assert relative_difference(planned, one) <= 1e-6
+        assert torch.equal(model.routing(times[0]).heads, dialled.routing(times[0]).heads)
+        frozen = FrozenWidthGating(expected, ThresholdGating())
+        _, live = model.denoise(sample, times[0], condition, executor=DenseExecutor(), gating=frozen)
+        assert torch.equal(live.tokens, expected.tokens)
 
 
 @each_budgeted_family

@@ -15,6 +15,7 @@ from dydit_cli.dynamic.routers import (
     OrderedHeadRouter,
     TokenRouter,
     WidthRouter,
+    keep_everything,
     shift_routers,
     width_routers,
 )
@@ -73,6 +74,19 @@ def test_a_shift_moves_all_logits(kind: type[WidthRouter] | type[TokenRouter]) -
     before = router(inputs)
     shift_routers(torch.nn.ModuleDict({"any_router": router}), -0.5)
     torch.testing.assert_close(router(inputs), before - 0.5)
+
+
+@pytest.mark.parametrize("kind", [HeadRouter, OrderedHeadRouter, TokenRouter])
+def test_a_router_that_keeps_everything_does_so_whatever_it_is_shown(
+    kind: type[WidthRouter] | type[TokenRouter],
+) -> None:
+    router = kind(48) if kind is TokenRouter else kind(48, 6, True)
+    router.reset_parameters()
+    inputs = 1e4 * (torch.randn(2, 16, 48) if kind is TokenRouter else torch.randn(2, 48))
+    if kind is not OrderedHeadRouter:
+        assert (router(inputs) < 0).any(), "a start with weights is outgrown"
+    keep_everything(torch.nn.ModuleDict({"any_router": router}))
+    assert (router(inputs) > 0).all()
 
 
 def test_an_unknown_width_is_refused_with_the_nearest() -> None:

@@ -184,7 +184,7 @@ def test_what_is_being_trained_is_not_freed() -> None:
 
 def test_a_layer_of_another_kind_is_not_freed() -> None:
     with pytest.raises(TypeError):
-        free_weights(torch.nn.Linear(2, 2))
+        free_weights([torch.nn.Linear(2, 2)])
 
 
 # ------------------------------------------------------------------ changes

@@ -11,7 +11,8 @@ import torch
 from dydit_cli.dynamic.layers import DynamicAttention
 from dydit_cli.execution import CompactExecutor, DenseExecutor
 from dydit_cli.execution.policies import LayerSchedule, arrange, best_chain, nested, swap_orders
-from dydit_cli.execution.slabs import SlabStore, attention_slabs
+from dydit_cli.execution.slabs import SlabStore
+from dydit_cli.execution.units import pack
 from dydit_cli.families.backbone import DynamicTransformer
 from tests.tiny import bits, relative_difference, tiny_inputs, tiny_model
 
@@ -26,7 +27,7 @@ def attention() -> DynamicAttention:
 
 def weights_of(attention: DynamicAttention, active: tuple[int, ...]) -> torch.Tensor:
     """What a slice computes, whatever the order of its units: the sum of each unit's rows times its columns."""
-    packed, ranks = attention_slabs(attention), list(active)
+    packed, ranks = pack(attention), list(active)
     return torch.einsum("uri,urj->uij", packed.entry[ranks][:, -8:], packed.leave[ranks]).sum(0)
 
 
@@ -81,7 +82,7 @@ def test_every_policy_gives_the_weights_asked_for(attention: DynamicAttention, b
         with torch.no_grad(), store.leased(attention, active) as part:
             assert part.units == len(active)
             torch.testing.assert_close(computed(part, len(active)), weights_of(attention, active))
-        assert store.slice_bytes <= budget * attention_slabs(attention).nbytes
+        assert store.slice_bytes <= budget * pack(attention).nbytes
 
 
 def test_nested_masks_copy_nothing_once_they_lie_in_order(attention: DynamicAttention) -> None:
@@ -111,7 +112,7 @@ def test_what_is_needed_last_goes_first(attention: DynamicAttention) -> None:
     store.arrange([(attention, masks)])
     store._packed[id(attention)].targets = {}
     store._moving.clear()
-    unit = attention_slabs(attention).nbytes // 6
+    unit = pack(attention).nbytes // 6
     for _ in range(2):
         for step, active in enumerate(masks):
             store.at(step)

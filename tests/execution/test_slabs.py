@@ -13,7 +13,8 @@ import torch
 from dydit_cli.dynamic.gates import ImposedGating
 from dydit_cli.dynamic.layers import DynamicAttention, DynamicMlp
 from dydit_cli.execution import CompactExecutor, slabs
-from dydit_cli.execution.slabs import SlabStore, attention_slabs, mlp_slabs
+from dydit_cli.execution.slabs import SlabStore
+from dydit_cli.execution.units import pack
 from tests.tiny import random_routing, tiny_inputs, tiny_model
 
 
@@ -28,7 +29,7 @@ def mlp() -> DynamicMlp:
 
 
 def test_attention_is_packed_by_rank(attention: DynamicAttention) -> None:
-    packed = attention_slabs(attention)
+    packed = pack(attention)
     assert packed.entry.shape == (6, 24, 48)
     assert packed.leave.shape == (6, 8, 48)
     for rank, head in enumerate(attention.head_order.tolist()):
@@ -39,7 +40,7 @@ def test_attention_is_packed_by_rank(attention: DynamicAttention) -> None:
 
 
 def test_the_mlp_is_packed_by_group(mlp: DynamicMlp) -> None:
-    packed = mlp_slabs(mlp)
+    packed = pack(mlp)
     assert packed.entry.shape == packed.leave.shape == (4, 48, 48)
     for group in range(4):
         channels = mlp.channel_order[group * 48 : group * 48 + 48]
@@ -65,7 +66,7 @@ def test_a_gathered_slice_is_kept_and_given_again(mlp: DynamicMlp) -> None:
     store = SlabStore()
     first = store.slice(mlp, (0, 2))
     assert store.slice(mlp, (0, 2)) is first
-    packed = mlp_slabs(mlp)
+    packed = pack(mlp)
     assert torch.equal(first.entry, torch.cat([packed.entry[0], packed.entry[2]]))
     assert torch.equal(first.entry_bias, torch.cat([packed.entry_bias[0], packed.entry_bias[2]]))
     assert torch.equal(first.leave, torch.cat([packed.leave[0], packed.leave[2]]))
@@ -75,7 +76,7 @@ def test_a_gathered_slice_is_kept_and_given_again(mlp: DynamicMlp) -> None:
 def test_slices_stay_within_the_budget(attention: DynamicAttention, mlp: DynamicMlp, budget: float) -> None:
     """All masks of both layers; the last slice alone may exceed a budget that is smaller than one slice."""
     store, largest = SlabStore(budget), 0
-    packed = attention_slabs(attention).nbytes + mlp_slabs(mlp).nbytes
+    packed = pack(attention).nbytes + pack(mlp).nbytes
     for layer, units in ((attention, 6), (mlp, 4), (attention, 6)):
         for count in range(1, units):
             for active in itertools.combinations(range(units), count):
@@ -112,7 +113,7 @@ def test_threads_pack_once(attention: DynamicAttention, monkeypatch: pytest.Monk
     def slow(layer: DynamicAttention) -> slabs.Slabs:
         packings.append(current_thread().name)
         time.sleep(0.02)
-        return attention_slabs(layer)
+        return pack(layer)
 
     monkeypatch.setattr(slabs, "pack", slow)
     store, start = SlabStore(budget=0.5), Barrier(4)
@@ -125,13 +126,13 @@ def test_threads_pack_once(attention: DynamicAttention, monkeypatch: pytest.Monk
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(run, range(0, 40, 10)))
     assert len(packings) == 1
-    assert store.packed_bytes - store.slice_bytes == attention_slabs(attention).nbytes
+    assert store.packed_bytes - store.slice_bytes == pack(attention).nbytes
 
 
 @torch.no_grad()
 def test_a_long_run_of_masks_keeps_memory_bounded() -> None:
     model, executor = tiny_model(), CompactExecutor(slice_budget=1.0)
-    weights = sum(attention_slabs(block.attn).nbytes + mlp_slabs(block.mlp).nbytes for block in model.blocks)
+    weights = sum(pack(block.attn).nbytes + pack(block.mlp).nbytes for block in model.blocks)
     for seed in range(20):
         gating = ImposedGating(random_routing(model.geometry, 3, seed))
         model.denoise(*tiny_inputs(model), executor=executor, gating=gating)

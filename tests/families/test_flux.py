@@ -19,6 +19,7 @@ from dydit_cli.dynamic.gates import ImposedGating, RoutingNoise, ThresholdGating
 from dydit_cli.dynamic.routing import BlockRouting, Routing
 from dydit_cli.errors import DyditError
 from dydit_cli.execution import EXECUTIONS, CompactExecutor, DenseExecutor, executor_named
+from dydit_cli.execution.streams import StreamCall
 from dydit_cli.families.family import Hints
 from dydit_cli.families.flux import DyFluxTransformer2DModel, image_ids, pack_latents, unpack_latents
 from dydit_cli.families.flux_geometry import FluxGeometry
@@ -38,6 +39,7 @@ OURS = (
     "width",
     "token_router",
     "token_rank",
+    "td_lora",
     "sample_size",
     "text_tokens",
 )
@@ -273,18 +275,15 @@ class TestSkipping:
         routing = random_routing(model.geometry, 2)
         width = block.decide_width(conditioning, ImposedGating(routing), 2)
         before = image.clone()
-        after, after_text, keep = executor.single(
-            block, image, text, conditioning, rope, width, ImposedGating(routing), 2
-        )
+        call = StreamCall(image, text, conditioning, rope, width, ImposedGating(routing), 2)
+        after, after_text, keep = executor.single(block, call)
         assert 0 < float(keep.mean()) < 1
         assert torch.equal(after[keep == 0], before[keep == 0])
         assert not torch.isclose(after[keep == 1], before[keep == 1]).all()
         assert torch.equal(image, before)
         other = image.clone()
         other[keep == 0] = other[keep == 0].flip(-1)  # a constant would be lost in LayerNorm
-        _, moved_text, _ = executor.single(
-            block, other, text, conditioning, rope, width, ImposedGating(routing), 2
-        )
+        _, moved_text, _ = executor.single(block, replace(call, image=other))
         assert difference(moved_text, after_text) > 1e-3
 
     def test_context_groups_have_masks_of_their_own(self) -> None:

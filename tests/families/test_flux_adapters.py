@@ -139,3 +139,9 @@ def test_dit_s_layers_take_adapters_too() -> None:
     dense, compact = both(model)
     assert relative_difference(compact, dense) < 1e-5
     assert relative_difference(compact, before) > 1e-3
+
+
+def test_as_many_weights_as_adapters() -> None:
+    model = tiny_model("flux")
+    with pytest.raises(DyditError, match="2 adapters and 1 weights"):
+        model.set_adapters(["style", "other"], [0.5])

@@ -29,13 +29,32 @@ def finetune(name: str, *overrides: str) -> FinetuneSection:
 
 
 def stages_of(name: str) -> list[str]:
-    """All stages, but preparation only where text encoders have to run first; a FLUX is evaluated by its folder of samples."""
+    """All stages, but preparation only where text encoders have to run first; a FLUX is evaluated by its folder of samples.
+
+    What is there to be compared has the stages that comparing takes.
+    """
+    if name.startswith("baselines/"):
+        return ["convert", "finetune", "evaluate"]
+    if name.startswith("verify/"):
+        return ["convert", "evaluate"]
     left_out = {"evaluate"} if name.endswith("-flux") else {"prepare"}
     return [stage for stage in SECTIONS if stage not in left_out]
 
 
 def test_what_comes_with_the_package() -> None:
     assert NAMES == [
+        "baselines/budgets",
+        "baselines/dynamic",
+        "baselines/lora",
+        "baselines/ordered",
+        "baselines/pruned-magnitude",
+        "baselines/pruned-random",
+        "baselines/pruned-taylor",
+        "baselines/random-routers",
+        "baselines/static-control",
+        "baselines/td-lora",
+        "baselines/tokens-only",
+        "baselines/width-only",
         "demo/fashion-mnist-dit",
         "demo/fashion-mnist-flux",
         "demo/fashion-mnist-latte",
@@ -43,8 +62,16 @@ def test_what_comes_with_the_package() -> None:
         "dit-b-2-256/full",
         "dit-s-2-256/full",
         "dit-xl-2-256/full",
+        "dit-xl-2-256/lora",
+        "dit-xl-2-256/td-lora",
         "latte-xl-2-256/full",
+        "latte-xl-2-256/td-lora",
         "sit-xl-2-256/full",
+        "sit-xl-2-256/td-lora",
+        "verify/dit-xl-2-256",
+        "verify/dydit-xl-2-256-0.5",
+        "verify/dydit-xl-2-256-0.7",
+        "verify/sit-xl-2-256",
     ]
 
 
@@ -99,6 +126,34 @@ def test_the_row_of_0_7_follows_the_released_code() -> None:
         150_000,
         2.5e-5,
     )
+
+
+BASELINES = [name for name in NAMES if name.startswith("baselines/")]
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_differ_in_what_they_compare_alone(name: str) -> None:
+    """Equal steps, data, batches, precision and evaluation; adapters alone have a learning rate of their own."""
+    reference, recipe = (load_recipe(each) for each in ("baselines/dynamic", name))
+    of_training = (
+        "data",
+        "steps",
+        "batch_size",
+        "seed",
+        "weight_decay",
+        "ema_decay",
+        "label_dropout",
+        "mirror",
+        "mixed_precision",
+    )
+    for section, keys in (
+        ("finetune", of_training),
+        ("evaluate", ("num_images", "sampler", "steps", "guidance", "seed")),
+    ):
+        mine, its = (each.sections[section].model_dump() for each in (recipe, reference))
+        assert [mine[key] for key in keys] == [its[key] for key in keys]
+    mine, its = (each.sections["finetune"].model_dump() for each in (recipe, reference))
+    assert mine["learning_rate"] == its["learning_rate"] or "lora" in name
 
 
 def test_a_name_may_carry_its_suffix() -> None:

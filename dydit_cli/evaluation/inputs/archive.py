@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dydit_cli.errors import DyditError
 from dydit_cli.evaluation.inputs.source import ImageBatch
+from dydit_cli.processes.world import ALONE, World
 
 NAMES = ("arr_0", "images", "videos", "x")
 LABEL_NAMES = ("arr_1", "labels", "y")
@@ -41,9 +42,9 @@ class ArchiveImages:
     def __len__(self) -> int:
         return len(self.array)
 
-    def batches(self, size: int) -> Iterator[ImageBatch]:
+    def batches(self, size: int, world: World = ALONE) -> Iterator[ImageBatch]:
         """See `ImageSource`."""
-        for start in range(0, len(self), size):
+        for start in range(world.rank * size, len(self), world.size * size):
             yield ImageBatch(torch.from_numpy(self.array[start : start + size]))
 
     def describe(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from dydit_cli.artifacts.manifest import NAME as MANIFEST
 from dydit_cli.errors import DyditError
 from dydit_cli.evaluation.inputs.archive import ArchiveImages, open_archive
 from dydit_cli.evaluation.inputs.source import ImageBatch
+from dydit_cli.processes.world import ALONE, World
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -49,18 +50,18 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self.groups)
 
-    def batches(self, size: int) -> Iterator[ImageBatch]:
+    def batches(self, size: int, world: World = ALONE) -> Iterator[ImageBatch]:
         """See `ImageSource`.
 
         Raises:
             DyditError: For a file that cannot be read, or is of another size than the first.
         """
-        first: tuple[int, ...] | None = None
-        for start in range(0, len(self.groups), size):
+        # Of the first image whatever the process, so that all refuse the same.
+        first = tuple(read_image(self.groups[0][0]).shape) if self.groups else ()
+        for start in range(world.rank * size, len(self.groups), world.size * size):
             read = []
             for group in self.groups[start : start + size]:
                 pictures = [read_image(path) for path in group]
-                first = first or tuple(pictures[0].shape)
                 for path, picture in zip(group, pictures, strict=True):
                     _check_shape(path, picture, first)
                 read.append(pictures[0] if self.frames is None else torch.stack(pictures))

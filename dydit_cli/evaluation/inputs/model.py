@@ -21,6 +21,7 @@ from dydit_cli.families.backbone import DynamicTransformer
 from dydit_cli.families.family import require
 from dydit_cli.families.registry import class_named, family_named, family_of
 from dydit_cli.flops import count_macs, router_macs
+from dydit_cli.processes.world import ALONE, World
 from dydit_cli.sampling.decoding import VaeDecoder, makes_pixels, open_vae, to_uint8
 from dydit_cli.sampling.generate import check_settings, generate
 from dydit_cli.sampling.run import DTYPES
@@ -45,6 +46,7 @@ class SamplingSettings:
     batch_size: int = 32
     execution: str = "compact"
     keep_bias: float = 0.0
+    budget: float | None = None
     vae: str | None = None
     device: str = "auto"
     dtype: str = "float32"
@@ -71,7 +73,7 @@ class ModelImages:
         """See `ImageSource`."""
         return [self.classes[index % len(self.classes)] for index in range(len(self))]
 
-    def batches(self, size: int) -> Iterator[ImageBatch]:
+    def batches(self, size: int, world: World = ALONE) -> Iterator[ImageBatch]:
         """See `ImageSource`; the batch is the settings', because `size` is that of the feature network."""
         settings = self.settings
         made = generate(
@@ -85,6 +87,7 @@ class ModelImages:
             seed=settings.seed,
             batch_size=settings.batch_size,
             on_progress=self.on_progress,
+            world=world,
         )
         while True:
             started = time.perf_counter()
@@ -118,6 +121,7 @@ class ModelImages:
                 "keep_bias": settings.keep_bias
                 if math.isfinite(settings.keep_bias)
                 else str(settings.keep_bias),
+                "budget": settings.budget,
                 "dtype": settings.dtype,
                 "batch_size": settings.batch_size,
                 "classes": list(self.classes),
@@ -144,6 +148,7 @@ def open_model(
         torch_dtype=DTYPES[settings.dtype],
         device=device,
         keep_bias=settings.keep_bias,
+        budget=settings.budget,
         convention="native",
     )
     channels = model.geometry.in_channels

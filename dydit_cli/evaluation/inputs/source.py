@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from dydit_cli.processes.world import ALONE, World
+
 
 @dataclass(frozen=True)
 class ImageBatch:
@@ -42,8 +44,8 @@ class ImageSource(Protocol):
         """Images, or videos."""
         ...
 
-    def batches(self, size: int) -> Iterator[ImageBatch]:
-        """All of them, in order."""
+    def batches(self, size: int, world: World = ALONE) -> Iterator[ImageBatch]:
+        """All of them, in order; of several processes, each has every so many-th batch."""
         ...
 
     def describe(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from dydit_cli.evaluation.pairs.lpips import Lpips, open_lpips
 from dydit_cli.evaluation.pairs.sheets import PAIRS
 from dydit_cli.evaluation.report import ANOTHER_SEED, IN_BF16, PairsReport
 from dydit_cli.evaluation.settings import EvaluationSettings
+from dydit_cli.processes.world import ALONE, World
 
 SELF = "static"
 """`--against static`: the subject's own weights with everything on."""
@@ -57,7 +58,7 @@ class Against:
         named = str(settings.against)
         own = named == SELF and isinstance(subject, ModelImages)
         path = subject.path if own and isinstance(subject, ModelImages) else Path(named).expanduser()
-        sampling = replace(settings.sampling, execution="static", keep_bias=0.0, dtype="float32")
+        sampling = replace(settings.sampling, execution="static", keep_bias=0.0, budget=None, dtype="float32")
         if isinstance(subject, ModelImages):
             sampling = replace(sampling, classes=subject.classes, sampler=subject.sampler)
         elif is_model(path):
@@ -101,18 +102,25 @@ class Compared:
     values: Mapping[str, Tensor]
 
 
-def compare_with(against: Against, found: Collected, on_progress: Progress) -> Compared:
-    """Measure the pairs and the yardsticks.
+def compare_with(against: Against, found: Collected, on_progress: Progress, world: World = ALONE) -> Compared:
+    """Measure the pairs and the yardsticks; several processes share the sampling.
 
     Raises:
         DyditError: If the two sides do not pair.
     """
-    other = collect(against.source, None, keep_images=True, what="static images", on_progress=on_progress)
+    other = collect(
+        against.source,
+        None,
+        keep_images=True,
+        what="static images",
+        on_progress=on_progress,
+        world=world,
+    )
     refuse_mismatch(found, other)
     if found.images is None or other.images is None:
         raise TypeError("images were not kept")
     pairs = measure_pairs(found.images, other.images, against.lpips, against.clip, against.prompts)
-    yardsticks, missing, count = _yardsticks(against, other.images, on_progress)
+    yardsticks, missing, count = _yardsticks(against, other.images, on_progress, world)
     order = pairs.from_worst_to_best()
     middle = max(0, (len(order) - PAIRS) // 2)
     report = PairsReport(
@@ -133,7 +141,7 @@ def compare_with(against: Against, found: Collected, on_progress: Progress) -> C
 
 
 def _yardsticks(
-    against: Against, images: Tensor, on_progress: Progress
+    against: Against, images: Tensor, on_progress: Progress, world: World
 ) -> tuple[dict[str, dict[str, Summary]], dict[str, str], int]:
     """Another seed of the static model: what unrelated pictures score. The static model in bf16: what rounding alone does."""
     names = (ANOTHER_SEED, IN_BF16)
@@ -151,7 +159,7 @@ def _yardsticks(
     found: dict[str, dict[str, Summary]] = {}
     for name, sampling in changed.items():
         source = open_model(against.source.path, sampling)
-        made = collect(source, None, keep_images=True, what=name, on_progress=on_progress)
+        made = collect(source, None, keep_images=True, what=name, on_progress=on_progress, world=world)
         if made.images is None:
             raise TypeError("images were not kept")
         found[name] = PairValues(measure_pairs(made.images, images[:count], against.lpips).values).summaries()
