@@ -32,8 +32,6 @@ METHODS: dict[str, tuple[str, BaseKind]] = {
     "lora": ("lora", "fp32"),
     "td-lora": ("td-lora", "fp32"),
     "td-lora, base bf16": ("td-lora", "bf16"),
-    "td-lora, base int8": ("td-lora", "int8"),
-    "td-lora, base nf4": ("td-lora", "nf4"),
 }
 MOMENTS = 2
 GIB = 2**30

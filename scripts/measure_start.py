@@ -3,8 +3,8 @@
     python scripts/measure_start.py runs/start --table docs/calibrate.md --figure docs/images/calibrated_start.png
 
 Each shipped model converted at the paper's start, calibrated to 0.8, and calibrated to 0.5; then all three fine-tuned to 0.5 by the
-demo's recipe with the same seed. Conversions that are there are not made again, and a run that was stopped goes on. The curves are
-written beside the figure as CSV.
+demo's recipe with the same seed, without routing noise after the ramp; the paper's start with it as well. Conversions that are there
+are not made again, and a run that was stopped goes on. The curves are written beside the figure as CSV.
 """
 
 from __future__ import annotations
@@ -35,12 +35,18 @@ from dydit_cli.training import prepare
 DATA = "fashion-mnist-subset"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 STARTS = {
-    "paper": "the paper's start",
+    "paper": "the paper's start and noise",
+    "paper-annealed": "the paper's start",
     "calibrated-0.8": "calibrated to 0.8",
     "calibrated-0.5": "calibrated to 0.5",
 }
-RATIOS = {"paper": None, "calibrated-0.8": 0.8, "calibrated-0.5": 0.5}
-COLOURS = {"paper": "#8a97a3", "calibrated-0.8": "#2c7c94", "calibrated-0.5": "#b0763f"}
+RATIOS = {"paper": None, "paper-annealed": None, "calibrated-0.8": 0.8, "calibrated-0.5": 0.5}
+COLOURS = {
+    "paper": "#c9d0d6",
+    "paper-annealed": "#6b7884",
+    "calibrated-0.8": "#2c7c94",
+    "calibrated-0.5": "#b0763f",
+}
 TITLES = {"dit": "DiT", "sit": "SiT"}
 COLUMNS = ("family", "start", "step", "ratio", "held_out_loss")
 
@@ -78,7 +84,7 @@ def trained(
         "resume": (folder / "checkpoints").exists(),
         "overwrite": folder.exists() and not (folder / "checkpoints").exists(),
     }
-    if RATIOS[start] is not None:
+    if start != "paper":
         # Noise would flip an eighth of the units of a model whose logits are about 2.
         overrides |= {"gating": "annealed", "anneal_steps": 0}
     recipe = load_recipe(

@@ -1,8 +1,8 @@
-"""Frozen weights below adapters in fewer bits: bf16, int8 or nf4, in plain torch.
+"""Frozen weights below adapters in fewer bits: bf16, or int8 and nf4 as bitsandbytes has them.
 
 * *int8*: each row has a scale, its largest magnitude over 127.
-* *nf4*: blocks of 64 weights have a scale, their largest magnitude; each weight is the nearest of 16 values that are quantiles of a
-  normal law (QLoRA, Dettmers et al., arXiv 2305.14314, appendix E, which prints the values).
+* *nf4*: blocks of 64 weights have a scale, their largest magnitude; each weight is one of 16 values that are quantiles of a normal law
+  (QLoRA, Dettmers et al., arXiv 2305.14314).
 
 A weight is restored when its layer runs, forwards and backwards, and not kept between: autograd would keep it otherwise, which is all
 that was saved. Nothing runs faster for it.
@@ -10,6 +10,7 @@ that was saved. Nothing runs faster for it.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -17,34 +18,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dydit_cli.adapters.attaching import adapted_layers
+from dydit_cli.errors import DyditError
 from dydit_cli.execution.effective import RestoredLayer
 from dydit_cli.families.dynamic_model import DynamicModel
 
 BaseKind = Literal["fp32", "bf16", "int8", "nf4"]
-INT8_LARGEST = 127
+NF4 = "nf4"
 NF4_BLOCK = 64
-NF4_VALUES = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
 
 
 def compress_base(model: DynamicModel, kind: BaseKind) -> None:
-    """Store the weights below the adapters of ``model`` in fewer bits, in place; fp32 leaves them as they are."""
+    """Store the weights below the adapters of ``model`` in fewer bits, in place; fp32 leaves them as they are.
+
+    Raises:
+        DyditError: For int8 or nf4 without bitsandbytes.
+    """
     if kind == "fp32":
         return
     for _, layer in adapted_layers(model):
@@ -96,31 +84,49 @@ class _ThroughRestored(torch.autograd.Function):
 
 
 def compressed(weight: Tensor, kind: BaseKind) -> tuple[Tensor, Tensor]:
-    """(out, in) in fewer bits, and scales."""
-    exact = weight.float()
+    """(out, in) in fewer bits, and scales.
+
+    Raises:
+        DyditError: For int8 or nf4 without bitsandbytes.
+    """
     if kind == "bf16":
-        return weight.to(torch.bfloat16), exact.new_ones(1)
+        return weight.to(torch.bfloat16), torch.ones(1, device=weight.device)
+    functional = _bitsandbytes(kind)
     if kind == "int8":
-        scales = _not_zero(exact.abs().amax(dim=1, keepdim=True)) / INT8_LARGEST
-        return (exact / scales).round().to(torch.int8), scales
-    flat = F.pad(exact.flatten(), (0, -exact.numel() % NF4_BLOCK)).view(-1, NF4_BLOCK)
-    scales = _not_zero(flat.abs().amax(dim=1, keepdim=True))
-    values = torch.tensor(NF4_VALUES, device=weight.device)
-    between = (values[1:] + values[:-1]) / 2
-    codes = torch.bucketize(flat / scales, between).to(torch.uint8).view(-1, 2)
-    return codes[:, 0] * 16 + codes[:, 1], scales
+        stored, scales, _ = functional.int8_vectorwise_quant(weight.half())
+        return stored, scales
+    stored, state = functional.quantize_4bit(weight.float(), blocksize=NF4_BLOCK, quant_type=NF4)
+    return stored, state.absmax
 
 
 def restored(stored: Tensor, scales: Tensor, kind: BaseKind, shape: tuple[int, int]) -> Tensor:
     """The way back of `compressed`, in fp32."""
     if kind == "bf16":
         return stored.float()
+    functional = _bitsandbytes(kind)
     if kind == "int8":
-        return stored.float() * scales
-    codes = torch.stack([stored // 16, stored % 16], dim=1).view(-1, NF4_BLOCK).long()
-    flat = torch.tensor(NF4_VALUES, device=stored.device)[codes] * scales
-    return flat.flatten()[: shape[0] * shape[1]].view(shape)
+        weight: Tensor = functional.int8_vectorwise_dequant(stored, scales)
+        return weight.float()
+    state = functional.QuantState(
+        absmax=scales,
+        shape=torch.Size(shape),
+        code=functional.get_4bit_type(NF4, device=stored.device),
+        blocksize=NF4_BLOCK,
+        quant_type=NF4,
+        dtype=torch.float32,
+    )
+    weight = functional.dequantize_4bit(stored, state)
+    return weight
 
 
-def _not_zero(scales: Tensor) -> Tensor:
-    return torch.where(scales > 0, scales, torch.ones_like(scales))
+def _bitsandbytes(kind: BaseKind) -> ModuleType:
+    try:
+        from bitsandbytes import functional
+    except ImportError as error:
+        raise DyditError(
+            f"Frozen weights cannot be stored as {kind}.",
+            why="That is done by the package bitsandbytes, which Python does not find.",
+            fix="Run `pip install bitsandbytes`, or set base to bf16, which needs nothing.",
+        ) from error
+    made: ModuleType = functional
+    return made

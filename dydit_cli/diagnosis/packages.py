@@ -25,7 +25,7 @@ MODULES = {"pillow": "PIL", "pyyaml": "yaml", "fvcore": "fvcore"}
 OPTIONAL = {
     "tensorboard": "curves of a fine-tuning in TensorBoard",
     "wandb": "curves of a fine-tuning in Weights & Biases",
-    "bitsandbytes": "optimisers with 8-bit states, on CUDA",
+    "bitsandbytes": "optimisers with 8-bit states; frozen weights as int8 or nf4",
     "torchao": "quantising an export with diffusers; no command needs it",
     "triton": "torch.compile on CUDA",
     "huggingface_hub": "checkpoints of the Hub by name",

@@ -150,7 +150,8 @@ class FinetuneSection(Section):
         lora_alpha: Adapters are multiplied by it over the rank; the rank if not given.
         lora_experts: Experts of TD-LoRA (ours).
         lora_dropout: Dropout of the adapters' input.
-        base: How weights below adapters are stored while they are trained: `fp32`, `bf16`, `int8` (a scale a row) or `nf4` (4 bits).
+        base: How weights below adapters are stored while they are trained: `fp32`, `bf16`, `int8` or
+            `nf4`, the last two where bitsandbytes is installed.
         learning_rate: AdamW's, constant (the paper: 1e-4).
         router_learning_rate: The routers' own; `learning_rate` if not given (ours).
         weight_decay: AdamW's.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -9,17 +11,21 @@ import torch
 from torch import nn
 
 from dydit_cli.adapters.attaching import AdapterKind, AdapterSettings, adapted_layers, attach
-from dydit_cli.adapters.bases import NF4_VALUES, BaseKind, StoredLinear, compress_base, compressed, restored
+from dydit_cli.adapters.bases import BaseKind, StoredLinear, compress_base, compressed, restored
 from dydit_cli.adapters.plain import without_wrappers
 from dydit_cli.artifacts import load_model
+from dydit_cli.errors import DyditError
 from dydit_cli.execution import CompactExecutor, DenseExecutor
 from dydit_cli.recipe.schema import FinetuneSection
 from dydit_cli.training import prepare
 from tests.tiny import relative_difference, tiny_inputs, tiny_model
 from tests.training.runs import settings_for
 
-KINDS: tuple[BaseKind, ...] = ("bf16", "int8", "nf4")
-each_kind = pytest.mark.parametrize("kind", KINDS)
+needs_bitsandbytes = pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
+INT8, NF4 = (pytest.param(kind, marks=needs_bitsandbytes) for kind in ("int8", "nf4"))
+each_kind = pytest.mark.parametrize("kind", ["bf16", INT8, NF4])
 
 
 def weights(rows: int = 24, columns: int = 40) -> torch.Tensor:
@@ -30,33 +36,47 @@ def through_storage(weight: torch.Tensor, kind: BaseKind) -> torch.Tensor:
     return restored(*compressed(weight, kind), kind, tuple(weight.shape))
 
 
-@pytest.mark.parametrize(("kind", "bits"), [("bf16", 16), ("int8", 8), ("nf4", 4)])
-def test_a_weight_takes_as_many_bits(kind: BaseKind, bits: int) -> None:
-    weight = weights(256, 256)
+@each_kind
+def test_a_weight_takes_as_many_bits(kind: BaseKind) -> None:
+    weight, bits = weights(256, 256), {"bf16": 16, "int8": 8, "nf4": 4}[kind]
     stored, scales = compressed(weight, kind)
     assert stored.numel() * stored.element_size() * 8 == bits * weight.numel()
     assert scales.numel() <= weight.numel() / 64
 
 
+@needs_bitsandbytes
 def test_int8_errs_by_half_a_step_of_its_row() -> None:
-    weight = weights() * torch.logspace(-3, 3, 24)[:, None]
+    weight = weights() * torch.logspace(-2, 2, 24)[:, None]
     steps = weight.abs().amax(dim=1, keepdim=True) / 127
-    assert ((through_storage(weight, "int8") - weight).abs() <= 0.501 * steps).all()
+    # Half of a step, and the rounding to fp16 that bitsandbytes does first.
+    assert ((through_storage(weight, "int8") - weight).abs() <= 0.6 * steps).all()
 
 
-def test_nf4_takes_the_nearest_of_its_values() -> None:
-    """Of a block with the largest magnitude 1, by trying all sixteen."""
-    weight = torch.cat([weights(1, 63).tanh(), torch.ones(1, 1)], dim=1)
-    values = torch.tensor(NF4_VALUES)
-    nearest = values[(weight.flatten()[:, None] - values).abs().argmin(dim=1)]
-    assert torch.equal(through_storage(weight, "nf4").flatten(), nearest)
+@needs_bitsandbytes
+def test_nf4_keeps_the_largest_of_each_block_and_is_near_elsewhere() -> None:
+    blocks = weights(8, 64)
+    found = through_storage(blocks, "nf4")
+    largest = blocks.abs().argmax(dim=1, keepdim=True)
+    torch.testing.assert_close(found.gather(1, largest), blocks.gather(1, largest))
+    # The widest gap between two of the sixteen values is 0.304 of the largest magnitude.
+    assert ((found - blocks).abs() <= 0.153 * blocks.abs().amax(dim=1, keepdim=True)).all()
+    assert len(found[0].unique()) <= 16
+
+
+def test_fewer_bits_need_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    model = attach(tiny_model("dit"), AdapterSettings("lora", rank=2))
+    with pytest.raises(DyditError, match="stored as nf4") as error:
+        compress_base(model, "nf4")
+    assert "pip install bitsandbytes" in error.value.fix
 
 
 @each_kind
 def test_what_is_stored_once_is_stored_the_same_again(kind: BaseKind) -> None:
     once = through_storage(weights(), kind)
-    torch.testing.assert_close(through_storage(once, kind), once, rtol=1e-6, atol=1e-6)
-    assert not through_storage(torch.zeros(3, 5), kind).any()
+    # int8 goes through fp16.
+    torch.testing.assert_close(through_storage(once, kind), once, rtol=1e-3, atol=1e-3)
+    assert not through_storage(torch.zeros(4, 64), kind).any()
 
 
 @each_kind
@@ -89,6 +109,7 @@ def test_compact_equals_dense_and_the_plain_model(family: str, adapter: AdapterK
     assert relative_difference(plain, dense) < 1e-5
 
 
+@needs_bitsandbytes
 def test_a_run_on_four_bits(tmp_path: Path) -> None:
     """What is saved is what was trained: the restored weights with the adapters."""
     started = prepare(settings_for(tmp_path, method="td-lora", base="nf4", learning_rate=1e-2))
