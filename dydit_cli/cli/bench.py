@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from dydit_cli.cli import console
-from dydit_cli.cli.help_text import AsJson
+from dydit_cli.cli import console, options
 from dydit_cli.cli.progress import progress_bar
 from dydit_cli.errors import DyditError
 
@@ -31,6 +30,7 @@ LONG_SECONDS = 600.0
 """A benchmark that is expected to take longer says so before."""
 
 DEFAULT_RATIO = "0.5"
+MASKS, MEASURING = "Masks", "Measuring"
 
 UNSURE = 0.1
 """An interval wider than this share of its ratio says little."""
@@ -49,7 +49,7 @@ def bench(
     blocks: Annotated[
         int | None,
         typer.Option(
-            help="Blocks of a preset.", show_default="2, all for sampling runs", rich_help_panel="Masks"
+            help="Blocks of a preset.", show_default="2, all for sampling runs", rich_help_panel=MASKS
         ),
     ] = None,
     heads: Annotated[
@@ -58,7 +58,7 @@ def bench(
             help="Heads that are on in every block, or all.",
             metavar="N",
             show_default="all",
-            rich_help_panel="Masks",
+            rich_help_panel=MASKS,
         ),
     ] = None,
     groups: Annotated[
@@ -67,7 +67,7 @@ def bench(
             help="Channel groups that are on, or all.",
             metavar="N",
             show_default="all",
-            rich_help_panel="Masks",
+            rich_help_panel=MASKS,
         ),
     ] = None,
     tokens: Annotated[
@@ -76,7 +76,7 @@ def bench(
             help="Shares of tokens that enter the MLP.",
             metavar="X,X,…",
             show_default="1",
-            rich_help_panel="Masks",
+            rich_help_panel=MASKS,
         ),
     ] = None,
     ratio: Annotated[
@@ -85,14 +85,14 @@ def bench(
             help="Shares of attention and MLP MACs, instead of heads, groups and tokens.",
             metavar="X,X,…",
             show_default="0.5 if none of these is given",
-            rich_help_panel="Masks",
+            rich_help_panel=MASKS,
         ),
     ] = None,
     masks: Annotated[
         str,
         typer.Option(
             help="scattered; changing: anew at each of five timesteps; prefix: the most important units.",
-            rich_help_panel="Masks",
+            rich_help_panel=MASKS,
         ),
     ] = "scattered",
     batch: Annotated[
@@ -119,42 +119,31 @@ def bench(
         bool,
         typer.Option("--graphs", help="Also time static and compact as CUDA graphs; needs a CUDA device."),
     ] = False,
-    token_capacity: Annotated[
-        float | None,
-        typer.Option(
-            help="Room for this share of the tokens in compact MLPs: shapes become static.",
-            metavar="X",
-            show_default="none, or learned with --graphs",
-        ),
-    ] = None,
+    token_capacity: Annotated[float | None, options.token_capacity()] = None,
     dense: Annotated[
         bool, typer.Option("--dense/--no-dense", help="Also time dense execution, which multiplies by masks.")
     ] = True,
     pairs: Annotated[
-        int, typer.Option(help="Rounds, or requests with --service.", rich_help_panel="Measuring")
+        int, typer.Option(help="Rounds, or requests with --service.", rich_help_panel=MEASURING)
     ] = 31,
     threads: Annotated[
         int | None,
         typer.Option(
             help="Threads of torch; 0 is all.",
             show_default="1; all with --service",
-            rich_help_panel="Measuring",
+            rich_help_panel=MEASURING,
         ),
     ] = None,
     clock: Annotated[
         str,
         typer.Option(
             help="cpu (processor time), wall, or auto: cpu for one thread on a CPU, wall otherwise.",
-            rich_help_panel="Measuring",
+            rich_help_panel=MEASURING,
         ),
     ] = "auto",
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel="Measuring")
-    ] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16 or float16.", rich_help_panel="Measuring")
-    ] = "float32",
-    seed: Annotated[int, typer.Option(help="Of weights, masks and inputs.", rich_help_panel="Measuring")] = 0,
+    device: Annotated[str, options.device(show_default=True, rich_help_panel=MEASURING)] = "auto",
+    dtype: Annotated[str, options.dtype(show_default=True, rich_help_panel=MEASURING)] = "float32",
+    seed: Annotated[int, typer.Option(help="Of weights, masks and inputs.", rich_help_panel=MEASURING)] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the JSON file and the picture.", show_default="none")
     ] = None,
@@ -177,7 +166,7 @@ def bench(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing folder or table.")
     ] = False,
-    json: AsJson = False,
+    json: options.AsJson = False,
 ) -> None:
     """Measure how much of what the masks save in arithmetic is saved in time.
 

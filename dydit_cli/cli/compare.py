@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dydit_cli.cli import console
-from dydit_cli.cli.help_text import AsJson
+from dydit_cli.cli import console, options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,7 +34,7 @@ def compare(
     format: Annotated[  # noqa: A002
         str, typer.Option("--format", help="table, csv, markdown or latex.")
     ] = "table",
-    json: AsJson = False,
+    json: options.AsJson = False,
 ) -> None:
     """Print quality, multiply-accumulates, measured time and parameters of runs, with error bars.
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dydit_cli.cli import console, stage
-from dydit_cli.cli.help_text import AsJson
+from dydit_cli.cli import console, options, stage
 from dydit_cli.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ RATIO_TOLERANCE = 0.01
 
 def convert(
     context: typer.Context,
-    arguments: stage.RecipeArguments = None,
+    arguments: options.RecipeArguments = None,
     checkpoint: Annotated[
         str | None,
         typer.Option(
@@ -44,12 +43,8 @@ def convert(
     family: Annotated[
         str | None, typer.Option(help="dit, sit, latte, flux, or auto.", show_default="auto")
     ] = None,
-    num_heads: Annotated[
-        int | None, typer.Option(help="Attention heads, where the width is not a published one.")
-    ] = None,
-    num_groups: Annotated[
-        int | None, typer.Option(help="Channel groups of the MLP.", show_default="as many as heads")
-    ] = None,
+    num_heads: options.NumHeads = None,
+    num_groups: options.NumGroups = None,
     grouping: Annotated[
         str | None, typer.Option(help="sorted or contiguous channel groups.", show_default="sorted")
     ] = None,
@@ -63,14 +58,7 @@ def convert(
             help="FLUX: adapters to merge before the ranking.", metavar="FILE:SCALE,…", show_default="none"
         ),
     ] = None,
-    axes_dims_rope: Annotated[
-        str | None,
-        typer.Option(
-            help="FLUX: rotary axes of a head, where heads have other than 128 channels.",
-            metavar="N,N,N",
-            show_default="16,56,56",
-        ),
-    ] = None,
+    axes_dims_rope: options.AxesDimsRope = None,
     prune: Annotated[
         float | None,
         typer.Option(
@@ -109,14 +97,9 @@ def convert(
         str | None,
         typer.Option(help="Where the Taylor ranking and the calibration run.", show_default="auto"),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
-    overwrite: Annotated[
-        bool | None,
-        typer.Option(
-            "--overwrite/--no-overwrite", help="Replace an existing folder.", show_default="no-overwrite"
-        ),
-    ] = None,
-    json: AsJson = False,
+    out: options.Out = None,
+    overwrite: options.Overwrite = None,
+    json: options.AsJson = False,
 ) -> None:
     """Make a trained static DiT or SiT dynamic.
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dydit_cli.cli import console
-from dydit_cli.cli.help_text import AsJson
+from dydit_cli.cli import console, options
 from dydit_cli.cli.stage import AnySection, Request
 from dydit_cli.errors import DyditError, did_you_mean
 
@@ -46,7 +45,7 @@ def demo(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a folder that is no earlier demo.")
     ] = False,
-    json: AsJson = False,
+    json: options.AsJson = False,
 ) -> None:
     """Run the whole chain on a small shipped model, on a CPU, in minutes.
 

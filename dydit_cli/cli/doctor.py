@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from dydit_cli import __version__
-from dydit_cli.cli import console
-from dydit_cli.cli.help_text import AsJson
+from dydit_cli.cli import console, options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,7 +23,7 @@ SIGNS = {"good": "ok", "note": "-", "warning": "warning", "broken": "broken"}
 
 
 def doctor(
-    json: AsJson = False,
+    json: options.AsJson = False,
 ) -> None:
     """Examine this machine: versions, devices, optional parts, threads, folders.
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dydit_cli.cli import console, stage
-from dydit_cli.cli.help_text import AsJson
+from dydit_cli.cli import console, options, stage
 from dydit_cli.cli.launched import run_in_processes
 from dydit_cli.cli.progress import progress_bar
 from dydit_cli.errors import DyditError
@@ -31,6 +30,7 @@ FAILED = 1
 """Exit code of a run whose condition holds."""
 
 DEFAULT_IMAGES = 1000
+PAIRS, SAMPLING = "Pairs", "Sampling"
 
 
 def evaluate(
@@ -41,7 +41,7 @@ def evaluate(
             metavar="MODEL | FOLDER | NPZ | RECIPE | KEY=VALUE",
             help="What to evaluate (a model's folder, a folder of images or frames, an .npz archive), a recipe, and changes to it.",
             show_default=False,
-            autocompletion=stage.complete_recipe,
+            autocompletion=options.complete_recipe,
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Folder of a model, to sample.", metavar="FOLDER")] = None,
@@ -81,23 +81,23 @@ def evaluate(
         typer.Option(
             help="Static model or images to pair with, from the same seeds; `static` is the model's own weights, complete.",
             metavar="PATH",
-            rich_help_panel="Pairs",
+            rich_help_panel=PAIRS,
         ),
     ] = None,
     yardstick_images: Annotated[
         int | None,
-        typer.Option(help="Pairs of each yardstick.", show_default="256", rich_help_panel="Pairs"),
+        typer.Option(help="Pairs of each yardstick.", show_default="256", rich_help_panel=PAIRS),
     ] = None,
     lpips: Annotated[
         str | None,
-        typer.Option(help="Folder with LPIPS weights.", metavar="FOLDER", rich_help_panel="Pairs"),
+        typer.Option(help="Folder with LPIPS weights.", metavar="FOLDER", rich_help_panel=PAIRS),
     ] = None,
     clip: Annotated[
-        str | None, typer.Option(help="Folder of a CLIP model.", metavar="FOLDER", rich_help_panel="Pairs")
+        str | None, typer.Option(help="Folder of a CLIP model.", metavar="FOLDER", rich_help_panel=PAIRS)
     ] = None,
     prompts: Annotated[
         str | None,
-        typer.Option(help="A line a class or image.", metavar="FILE", rich_help_panel="Pairs"),
+        typer.Option(help="A line a class or image.", metavar="FILE", rich_help_panel=PAIRS),
     ] = None,
     fail_if: Annotated[
         list[str] | None,
@@ -113,71 +113,33 @@ def evaluate(
             help="Images to draw, or to take of a folder.", show_default="1000 of a model, all of a folder"
         ),
     ] = None,
-    classes: Annotated[
-        str | None,
-        typer.Option(
-            help="Labels, used in turn.", metavar="N,N,…", show_default="all", rich_help_panel="Sampling"
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            help="Image i depends on the seed and i alone.", show_default="0", rich_help_panel="Sampling"
-        ),
-    ] = None,
+    classes: Annotated[str | None, options.classes(rich_help_panel=SAMPLING)] = None,
+    seed: Annotated[int | None, options.image_seed(rich_help_panel=SAMPLING)] = None,
     sampler: Annotated[
         str | None,
-        typer.Option(help="As in dydit sample.", show_default="ddpm or euler", rich_help_panel="Sampling"),
+        typer.Option(help="As in dydit sample.", show_default="ddpm or euler", rich_help_panel=SAMPLING),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(help="Steps of the sampler.", show_default="50", rich_help_panel="Sampling"),
+        typer.Option(help="Steps of the sampler.", show_default="50", rich_help_panel=SAMPLING),
     ] = None,
     guidance: Annotated[
         float | None,
-        typer.Option(help="Classifier-free guidance.", show_default="1.5", rich_help_panel="Sampling"),
+        typer.Option(help="Classifier-free guidance.", show_default="1.5", rich_help_panel=SAMPLING),
     ] = None,
-    execution: Annotated[
-        str | None,
-        typer.Option(help="compact, dense or static.", show_default="compact", rich_help_panel="Sampling"),
-    ] = None,
-    keep_bias: Annotated[
-        float | None,
-        typer.Option(help="Added to router logits.", show_default="0.0", rich_help_panel="Sampling"),
-    ] = None,
-    budget: Annotated[
-        float | None,
-        typer.Option(
-            help="Ratio to run at, of a model trained for a range of them.",
-            show_default="as trained",
-            rich_help_panel="Sampling",
-        ),
-    ] = None,
+    execution: Annotated[str | None, options.execution(rich_help_panel=SAMPLING)] = None,
+    keep_bias: Annotated[float | None, options.keep_bias(rich_help_panel=SAMPLING)] = None,
+    budget: Annotated[float | None, options.budget(rich_help_panel=SAMPLING)] = None,
     vae: Annotated[
         str | None,
         typer.Option(
-            help="Local AutoencoderKL, for latent models.", metavar="FOLDER", rich_help_panel="Sampling"
+            help="Local AutoencoderKL, for latent models.", metavar="FOLDER", rich_help_panel=SAMPLING
         ),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto", rich_help_panel="Sampling"),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, bfloat16 or float16.", show_default="float32", rich_help_panel="Sampling"
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Images in one forward.", show_default="32", rich_help_panel="Sampling")
-    ] = None,
-    processes: Annotated[
-        int | None,
-        typer.Option(
-            help="Processes that share the images, a GPU each.", show_default="1", rich_help_panel="Sampling"
-        ),
-    ] = None,
+    device: Annotated[str | None, options.device(rich_help_panel=SAMPLING)] = None,
+    dtype: Annotated[str | None, options.dtype(rich_help_panel=SAMPLING)] = None,
+    batch_size: Annotated[int | None, options.batch_size(rich_help_panel=SAMPLING)] = None,
+    processes: Annotated[int | None, options.processes(rich_help_panel=SAMPLING)] = None,
     statistics: Annotated[
         bool | None,
         typer.Option(
@@ -187,13 +149,8 @@ def evaluate(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; `dydit compare` reads it.")] = None,
-    overwrite: Annotated[
-        bool | None,
-        typer.Option(
-            "--overwrite/--no-overwrite", help="Replace an existing folder.", show_default="no-overwrite"
-        ),
-    ] = None,
-    json: AsJson = False,
+    overwrite: options.Overwrite = None,
+    json: options.AsJson = False,
 ) -> None:
     """Measure how good samples are, and with --against how near a dynamic model stays to its static one.
 

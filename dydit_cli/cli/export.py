@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dydit_cli.cli import console, stage
-from dydit_cli.cli.help_text import AsJson
+from dydit_cli.cli import console, options, stage
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -28,7 +27,7 @@ FILES_SHOWN = 12
 
 def export(
     context: typer.Context,
-    arguments: stage.RecipeArguments = None,
+    arguments: options.RecipeArguments = None,
     model: Annotated[
         str | None, typer.Option(help="Folder of dydit convert or dydit finetune.", metavar="DIR")
     ] = None,
@@ -60,14 +59,9 @@ def export(
         float | None,
         typer.Option(help="Ratio that the pipeline runs at, of a model trained for a range of them."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
-    overwrite: Annotated[
-        bool | None,
-        typer.Option(
-            "--overwrite/--no-overwrite", help="Replace an existing folder.", show_default="no-overwrite"
-        ),
-    ] = None,
-    json: AsJson = False,
+    out: options.Out = None,
+    overwrite: options.Overwrite = None,
+    json: options.AsJson = False,
 ) -> None:
     """Write a model for use elsewhere.
 

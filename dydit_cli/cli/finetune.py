@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dydit_cli.cli import console, stage
-from dydit_cli.cli.help_text import AsJson
+from dydit_cli.cli import console, options, stage
 from dydit_cli.cli.launched import run_in_processes
 from dydit_cli.cli.progress import progress_bar
 
@@ -41,7 +40,7 @@ SCHEDULE, OPTIMISER, PLACE = "Schedule", "Optimiser", "Where and how often"
 
 def finetune(
     context: typer.Context,
-    arguments: stage.RecipeArguments = None,
+    arguments: options.RecipeArguments = None,
     model: Annotated[str | None, typer.Option(help="Folder of a converted model.", metavar="FOLDER")] = None,
     data: Annotated[
         str | None,
@@ -57,9 +56,7 @@ def finetune(
             help="Share of attention and MLP MACs to keep; 1 trains the static control.", show_default="0.5"
         ),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Every draw is a function of it.", show_default="0")
-    ] = None,
+    seed: options.Seed = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.", rich_help_panel=SCHEDULE)] = None,
     full_width_steps: Annotated[
         int | None,
@@ -117,10 +114,7 @@ def finetune(
     max_grad_norm: Annotated[
         float | None, typer.Option(help="Clip gradients.", show_default="off", rich_help_panel=OPTIMISER)
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto", rich_help_panel=PLACE),
-    ] = None,
+    device: Annotated[str | None, options.device(rich_help_panel=PLACE)] = None,
     mixed_precision: Annotated[
         str | None, typer.Option(help="no, bf16 or fp16.", show_default="no", rich_help_panel=PLACE)
     ] = None,
@@ -146,19 +140,14 @@ def finetune(
         bool | None,
         typer.Option("--resume/--no-resume", help="Continue the run in --out.", show_default="no-resume"),
     ] = None,
-    overwrite: Annotated[
-        bool | None,
-        typer.Option(
-            "--overwrite/--no-overwrite", help="Replace an existing folder.", show_default="no-overwrite"
-        ),
-    ] = None,
+    overwrite: options.Overwrite = None,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run", help="Check everything, print the resolved recipe, draw one batch; train nothing."
         ),
     ] = False,
-    json: AsJson = False,
+    json: options.AsJson = False,
 ) -> None:
     """Train a converted model until it needs only its target share of the static model's work.
 

@@ -3,14 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
-
-import typer
-
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print the result as JSON on stdout; all else goes to stderr.")
-]
-"""The option of every command; its parameter is called ``json``."""
 
 
 def examples(lines: Sequence[str]) -> str:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dydit_cli.cli import console
-from dydit_cli.cli.help_text import AsJson
+from dydit_cli.cli import console, options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,10 +35,8 @@ def inspect(
             show_default=False,
         ),
     ],
-    num_heads: Annotated[
-        int | None, typer.Option(help="Attention heads, where the width is not a published one.")
-    ] = None,
-    json: AsJson = False,
+    num_heads: options.NumHeads = None,
+    json: options.AsJson = False,
 ) -> None:
     """Say what a file or a folder is.
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dydit_cli.cli import console, stage
-from dydit_cli.cli.help_text import AsJson
+from dydit_cli.cli import console, options, stage
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,7 +30,7 @@ def plan(
             metavar="FILE | RECIPE [KEY=VALUE]",
             help="A checkpoint (.pt, .safetensors or folder), or a recipe (a YAML file or a built-in name) with changes to it.",
             show_default=False,
-            autocompletion=stage.complete_recipe,
+            autocompletion=options.complete_recipe,
         ),
     ],
     family: Annotated[str, typer.Option(help="Name of the family, or auto.")] = "auto",
@@ -41,19 +40,9 @@ def plan(
             help="Share of attention and MLP MACs that fine-tuning is to leave.", show_default="0.5"
         ),
     ] = None,
-    num_heads: Annotated[
-        int | None, typer.Option(help="Attention heads, where the width is not a published one.")
-    ] = None,
-    num_groups: Annotated[
-        int | None, typer.Option(help="Channel groups of the MLP.", show_default="as many as heads")
-    ] = None,
-    axes_dims_rope: Annotated[
-        str | None,
-        typer.Option(
-            help="FLUX whose heads are not of 128 channels: their channels on each rotary axis.",
-            metavar="N,N,N",
-        ),
-    ] = None,
+    num_heads: options.NumHeads = None,
+    num_groups: options.NumGroups = None,
+    axes_dims_rope: options.AxesDimsRope = None,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -67,7 +56,7 @@ def plan(
         bool,
         typer.Option("--measure/--no-measure", help="Recipe: make a few steps to see how long they take."),
     ] = True,
-    json: AsJson = False,
+    json: options.AsJson = False,
 ) -> None:
     """Price a conversion, or the run of a recipe, before it is started.
 
@@ -81,8 +70,8 @@ def plan(
     if recipe is not None and _is_recipe(recipe):
         from dydit_cli.cli.plan_recipe import plan_recipe
 
-        options = {"target_ratio": target_ratio, "device": device}
-        plan_recipe(recipe, overrides, options, preset=preset, measure=measure, as_json=json)
+        given = {"target_ratio": target_ratio, "device": device}
+        plan_recipe(recipe, overrides, given, preset=preset, measure=measure, as_json=json)
         return
     checkpoint = _checkpoint(recipe, overrides)
     from dydit_cli.checkpoints import open_checkpoint

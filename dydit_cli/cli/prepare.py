@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dydit_cli.cli import console, stage
-from dydit_cli.cli.help_text import AsJson
+from dydit_cli.cli import console, options, stage
 from dydit_cli.cli.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ SHOWN_SIZES = 8
 
 def prepare(
     context: typer.Context,
-    arguments: stage.RecipeArguments = None,
+    arguments: options.RecipeArguments = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -118,10 +117,7 @@ def prepare(
         int | None,
         typer.Option(help="Processes that encode pictures.", show_default="1", rich_help_panel=PLACE),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto", rich_help_panel=PLACE),
-    ] = None,
+    device: Annotated[str | None, options.device(rich_help_panel=PLACE)] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -147,7 +143,7 @@ def prepare(
             rich_help_panel=PLACE,
         ),
     ] = None,
-    json: AsJson = False,
+    json: options.AsJson = False,
 ) -> None:
     """Encode pictures and captions once, before training.
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dydit_cli.cli import console, stage
-from dydit_cli.cli.help_text import AsJson
+from dydit_cli.cli import console, options, stage
 from dydit_cli.cli.progress import progress_bar
 from dydit_cli.errors import DyditError
 
@@ -34,6 +33,8 @@ EXAMPLES = (
     "dydit profile demo/fashion-mnist-dit repetitions=31",
 )
 
+TIME = "Time and memory"
+
 TRAJECTORY_IMAGES = 8
 
 REPORT_LEVELS = 16
@@ -52,7 +53,7 @@ OVERHEAD = 0.1
 
 def profile(
     context: typer.Context,
-    arguments: stage.RecipeArguments = None,
+    arguments: options.RecipeArguments = None,
     model: Annotated[
         str | None,
         typer.Option(help="Folder of a converted, fine-tuned or exported model.", metavar="FOLDER"),
@@ -60,9 +61,7 @@ def profile(
     preset: Annotated[
         str | None, typer.Option(help="A published size instead, such as dit-xl/2: the static model.")
     ] = None,
-    budget: Annotated[
-        float | None, typer.Option(help="Ratio to run at, of a model trained for a range of them.")
-    ] = None,
+    budget: Annotated[float | None, options.budget()] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -88,16 +87,16 @@ def profile(
             "--latency/--no-latency",
             help=f"Measure time and memory; on a CPU only up to {HEAVY_GMACS:g} GMACs unless given.",
             show_default="latency",
-            rich_help_panel="Time and memory",
+            rich_help_panel=TIME,
         ),
     ] = None,
     latency_batch: Annotated[
         int | None,
-        typer.Option(help="Images of a forward.", show_default="4", rich_help_panel="Time and memory"),
+        typer.Option(help="Images of a forward.", show_default="4", rich_help_panel=TIME),
     ] = None,
     repetitions: Annotated[
         int | None,
-        typer.Option(help="Interleaved rounds.", show_default="11", rich_help_panel="Time and memory"),
+        typer.Option(help="Interleaved rounds.", show_default="11", rich_help_panel=TIME),
     ] = None,
     compile: Annotated[  # noqa: A002
         bool | None,
@@ -105,7 +104,7 @@ def profile(
             "--compile/--no-compile",
             help="Time static and compact execution with blocks compiled by torch.compile.",
             show_default="no-compile",
-            rich_help_panel="Time and memory",
+            rich_help_panel=TIME,
         ),
     ] = None,
     graphs: Annotated[
@@ -114,19 +113,12 @@ def profile(
             "--graphs/--no-graphs",
             help="Time static and compact execution with steps recorded as CUDA graphs.",
             show_default="no-graphs",
-            rich_help_panel="Time and memory",
+            rich_help_panel=TIME,
         ),
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, bfloat16 or float16.", show_default="float32", rich_help_panel="Time and memory"
-        ),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of every draw.", show_default="0")] = None,
+    dtype: Annotated[str | None, options.dtype(rich_help_panel=TIME)] = None,
+    device: Annotated[str | None, options.device()] = None,
+    seed: options.Seed = None,
     report: Annotated[
         str | None,
         typer.Option(
@@ -139,13 +131,8 @@ def profile(
         Path | None,
         typer.Option(help="Folder for the JSON file and the heat maps.", show_default="none is written"),
     ] = None,
-    overwrite: Annotated[
-        bool | None,
-        typer.Option(
-            "--overwrite/--no-overwrite", help="Replace an existing folder.", show_default="no-overwrite"
-        ),
-    ] = None,
-    json: AsJson = False,
+    overwrite: options.Overwrite = None,
+    json: options.AsJson = False,
 ) -> None:
     """Count what a model executes at each noise level, and measure its time and memory.
 

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dydit_cli.cli import console
-from dydit_cli.cli.help_text import AsJson, examples
-from dydit_cli.cli.stage import complete_recipe
+from dydit_cli.cli import console, options
+from dydit_cli.cli.help_text import examples
 from dydit_cli.errors import DyditError
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ app = typer.Typer(help="List, show, copy and validate recipes.", rich_markup_mod
 BuiltinName = Annotated[
     str,
     typer.Argument(
-        help="A name that `dydit recipes list` shows.", autocompletion=complete_recipe, metavar="NAME"
+        help="A name that `dydit recipes list` shows.", autocompletion=options.complete_recipe, metavar="NAME"
     ),
 ]
 
@@ -37,7 +36,7 @@ RecipeName = Annotated[
     str,
     typer.Argument(
         help="A YAML file, or a name that `dydit recipes list` shows.",
-        autocompletion=complete_recipe,
+        autocompletion=options.complete_recipe,
         metavar="NAME",
     ),
 ]
@@ -45,7 +44,7 @@ RecipeName = Annotated[
 
 @app.command("list", epilog=examples(("dydit recipes list", "dydit recipes list --json")))
 def list_recipes(
-    json: AsJson = False,
+    json: options.AsJson = False,
 ) -> None:
     """List the built-in recipes."""
     from dydit_cli.recipe.builtin import builtin_recipes
@@ -72,7 +71,7 @@ def list_recipes(
 def show(
     name: RecipeName,
     resolved: Annotated[bool, typer.Option("--resolved", help="Fill in every default.")] = False,
-    json: AsJson = False,
+    json: options.AsJson = False,
 ) -> None:
     """Print a recipe, as it is written or with every default filled in."""
     from dydit_cli.recipe.builtin import find_recipe
@@ -100,7 +99,7 @@ def copy(
             help="A file or folder; the recipe's name in this folder if left out.", metavar="DEST"
         ),
     ] = None,
-    json: AsJson = False,
+    json: options.AsJson = False,
 ) -> None:
     """Copy a built-in recipe, to change it."""
     from dydit_cli.recipe.builtin import SUFFIX, builtin_recipe
@@ -123,7 +122,7 @@ def validate(
     files: Annotated[
         list[str], typer.Argument(help="Recipes: YAML files or built-in names.", metavar="FILE...")
     ],
-    json: AsJson = False,
+    json: options.AsJson = False,
 ) -> None:
     """Check recipes completely, without running anything.
 

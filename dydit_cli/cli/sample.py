@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dydit_cli.cli import console, stage
-from dydit_cli.cli.help_text import AsJson
+from dydit_cli.cli import console, options, stage
 from dydit_cli.cli.launched import run_in_processes
 from dydit_cli.cli.progress import progress_bar
 from dydit_cli.processes.environment import is_launched
@@ -27,16 +25,14 @@ EXAMPLES = (
     'dydit sample --model runs/flux --prompt "a fox in the snow" --pipeline FLUX.1-dev --steps 28 --out runs/s',
 )
 
-TEXT = "Text to image"
+TEXT, SAMPLER, MODEL, VIDEO = "Text to image", "Sampler", "Model", "Video models"
 
 
 def sample(
     context: typer.Context,
-    arguments: stage.RecipeArguments = None,
+    arguments: options.RecipeArguments = None,
     model: Annotated[str | None, typer.Option(help="Folder of a model.", metavar="FOLDER")] = None,
-    classes: Annotated[
-        str | None, typer.Option(help="Labels, used in turn.", metavar="N,N,…", show_default="all in turn")
-    ] = None,
+    classes: Annotated[str | None, options.classes()] = None,
     prompt: Annotated[
         str | None, typer.Option(help="What to draw; | separates several prompts.", rich_help_panel=TEXT)
     ] = None,
@@ -67,15 +63,13 @@ def sample(
         int | None, typer.Option(help="Pixels.", show_default="the model's", rich_help_panel=TEXT)
     ] = None,
     num_images: Annotated[int | None, typer.Option(help="Images to draw.", show_default="8")] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Image i depends on the seed and i alone.", show_default="0")
-    ] = None,
+    seed: Annotated[int | None, options.image_seed()] = None,
     sampler: Annotated[
         str | None,
         typer.Option(
             help="DiT: ddpm, ddim, dpm++. SiT: euler, heun, dopri5, sde. FLUX: euler.",
             show_default="ddpm or euler",
-            rich_help_panel="Sampler",
+            rich_help_panel=SAMPLER,
         ),
     ] = None,
     steps: Annotated[
@@ -83,7 +77,7 @@ def sample(
         typer.Option(
             help="Steps; for an ODE, intervals; dopri5 chooses its own.",
             show_default="50",
-            rich_help_panel="Sampler",
+            rich_help_panel=SAMPLER,
         ),
     ] = None,
     guidance: Annotated[
@@ -91,7 +85,7 @@ def sample(
         typer.Option(
             help="Classifier-free guidance; 1 is none and runs half as many rows. FLUX: its input.",
             show_default="1.5; FLUX: 3.5",
-            rich_help_panel="Sampler",
+            rich_help_panel=SAMPLER,
         ),
     ] = None,
     guidance_channels: Annotated[
@@ -99,24 +93,17 @@ def sample(
         typer.Option(
             help="original (DiT and SiT three, Latte four), first3, or all (as diffusers' pipelines).",
             show_default="original",
-            rich_help_panel="Sampler",
+            rich_help_panel=SAMPLER,
         ),
     ] = None,
-    execution: Annotated[
-        str | None,
-        typer.Option(
-            help="compact, dense, or static (the complete model).",
-            show_default="compact",
-            rich_help_panel="Model",
-        ),
-    ] = None,
+    execution: Annotated[str | None, options.execution(rich_help_panel=MODEL)] = None,
     compile: Annotated[  # noqa: A002
         bool | None,
         typer.Option(
             "--compile/--no-compile",
             help="Compile blocks with torch.compile (compact and static); needs a C++ compiler on a CPU.",
             show_default="no-compile",
-            rich_help_panel="Model",
+            rich_help_panel=MODEL,
         ),
     ] = None,
     graphs: Annotated[
@@ -125,89 +112,50 @@ def sample(
             "--graphs/--no-graphs",
             help="Record steps as CUDA graphs (compact and static); needs a CUDA device.",
             show_default="no-graphs",
-            rich_help_panel="Model",
+            rich_help_panel=MODEL,
         ),
     ] = None,
-    token_capacity: Annotated[
-        float | None,
-        typer.Option(
-            help="Room for this share of the tokens in MLPs (compact), for CUDA: shapes become static.",
-            show_default="none, or learned with --graphs",
-            rich_help_panel="Model",
-        ),
-    ] = None,
-    budget: Annotated[
-        float | None,
-        typer.Option(
-            help="Ratio to run at, of a model trained for a range of them.",
-            show_default="as trained",
-            rich_help_panel="Model",
-        ),
-    ] = None,
-    keep_bias: Annotated[
-        float | None,
-        typer.Option(
-            help="Added to router logits: more keeps more; inf keeps everything.",
-            show_default="0.0",
-            rich_help_panel="Model",
-        ),
-    ] = None,
+    token_capacity: Annotated[float | None, options.token_capacity(rich_help_panel=MODEL)] = None,
+    budget: Annotated[float | None, options.budget(rich_help_panel=MODEL)] = None,
+    keep_bias: Annotated[float | None, options.keep_bias(rich_help_panel=MODEL)] = None,
     vae: Annotated[
         str | None,
         typer.Option(
             help="Local AutoencoderKL, for latent models.",
             metavar="FOLDER",
             show_default="latents are saved",
-            rich_help_panel="Model",
+            rich_help_panel=MODEL,
         ),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="auto, cpu, cuda or cuda:N.", show_default="auto", rich_help_panel="Model"),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, bfloat16 or float16.", show_default="float32", rich_help_panel="Model"),
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Images in one forward.", show_default="32", rich_help_panel="Model")
-    ] = None,
+    device: Annotated[str | None, options.device(rich_help_panel=MODEL)] = None,
+    dtype: Annotated[str | None, options.dtype(rich_help_panel=MODEL)] = None,
+    batch_size: Annotated[int | None, options.batch_size(rich_help_panel=MODEL)] = None,
     deterministic: Annotated[
         bool | None,
         typer.Option(
             "--deterministic/--no-deterministic",
             help="Make each image alone: the same bit for bit whatever the batch size, and slower.",
             show_default="no-deterministic",
-            rich_help_panel="Model",
+            rich_help_panel=MODEL,
         ),
     ] = None,
-    processes: Annotated[
-        int | None,
-        typer.Option(
-            help="Processes that share the images, a GPU each.", show_default="1", rich_help_panel="Model"
-        ),
-    ] = None,
+    processes: Annotated[int | None, options.processes(rich_help_panel=MODEL)] = None,
     video_formats: Annotated[
         str | None,
         typer.Option(
             help="Some of mp4, gif, frames, grid.",
             metavar="NAME,NAME,…",
             show_default="mp4,gif,grid",
-            rich_help_panel="Video models",
+            rich_help_panel=VIDEO,
         ),
     ] = None,
     fps: Annotated[
         float | None,
-        typer.Option(help="Frames a second.", show_default="8.0", rich_help_panel="Video models"),
+        typer.Option(help="Frames a second.", show_default="8.0", rich_help_panel=VIDEO),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
-    overwrite: Annotated[
-        bool | None,
-        typer.Option(
-            "--overwrite/--no-overwrite", help="Replace an existing folder.", show_default="no-overwrite"
-        ),
-    ] = None,
-    json: AsJson = False,
+    out: options.Out = None,
+    overwrite: options.Overwrite = None,
+    json: options.AsJson = False,
 ) -> None:
     """Draw images with a dynamic model.
 

@@ -8,7 +8,7 @@ an option of its own is still reachable as `key=value`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import typer
 
@@ -21,25 +21,6 @@ if TYPE_CHECKING:
 AnySection = TypeVar("AnySection", bound="Section")
 
 STAGES = ("prepare", "convert", "finetune", "profile", "sample", "evaluate", "export")
-
-
-def complete_recipe(incomplete: str) -> list[str]:
-    """Offer the built-in names to the shell; it completes file names by itself."""
-    from dydit_cli.recipe.builtin import builtin_recipes
-
-    return [recipe.name for recipe in builtin_recipes() if recipe.name.startswith(incomplete)]
-
-
-RecipeArguments = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="RECIPE | KEY=VALUE",
-        help="A recipe (a YAML file or a built-in name) and changes to it; both may be left out.",
-        show_default=False,
-        autocompletion=complete_recipe,
-    ),
-]
-"""The positional arguments of every stage command, which must be called `arguments`."""
 
 
 @dataclass(frozen=True)
