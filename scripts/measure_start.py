@@ -134,21 +134,22 @@ def untrained_table(out: Path, families: list[str]) -> str:
 
 
 def curves_table(rows: list[dict[str, Any]], families: list[str]) -> str:
-    """Markdown: the evaluations, both starts side by side."""
-    lines = ["| step |", "| ---: |"]
-    for family in families:
-        for start in STARTS:
-            lines[0] += f" {TITLES[family]}, {STARTS[start]}: ratio | loss |"
-            lines[1] += " ---: | ---: |"
+    """Markdown: the evaluations, a table for each family with its starts side by side."""
     by_place = {(row["family"], row["start"], row["step"]): row for row in rows}
-    for step in sorted({row["step"] for row in rows}):
-        cells = [str(step)]
-        for family in families:
-            for start in STARTS:
+    tables = []
+    for family in families:
+        own = [row for row in rows if row["family"] == family]
+        starts = [start for start in STARTS if any(row["start"] == start for row in own)]
+        head = "".join(f" {STARTS[start]}: ratio | loss |" for start in starts)
+        lines = [f"| {TITLES[family]}, step |{head}", f"| ---: |{' ---: | ---: |' * len(starts)}"]
+        for step in sorted({row["step"] for row in own}):
+            cells = [str(step)]
+            for start in starts:
                 row = by_place.get((family, start, step))
                 cells += ["", ""] if row is None else [f"{row['ratio']:.3f}", f"{row['held_out_loss']:.5f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append(f"| {' | '.join(cells)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 def draw(path: Path, rows: list[dict[str, Any]], families: list[str]) -> None:
@@ -202,7 +203,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--every", type=int, default=20, help="steps between evaluations")
     parser.add_argument("--images", type=int, default=250, help="held-out images of an evaluation")
-    parser.add_argument("--plot-only", action="store_true", help="train nothing, draw what is there")
+    parser.add_argument(
+        "--plot-only", action="store_true", help="train nothing, draw the runs that are there"
+    )
     parser.add_argument("--figure", type=Path, help="PNG to write; the curves go beside it as CSV")
     parser.add_argument("--table", type=Path, help="page whose measured part is to be replaced")
     return parser.parse_args()
@@ -215,6 +218,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for family in families:
         for start in options.start or list(STARTS):
+            if options.plot_only and not (options.out / f"{family}-{start}-trained").exists():
+                continue
             rows += trained(
                 options.out, family, start, converted(options.out, family, RATIOS[start]), options
             )
