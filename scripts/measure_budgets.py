@@ -30,6 +30,7 @@ from dydit_cli.evaluation.inputs.model import SamplingSettings
 from dydit_cli.evaluation.settings import EvaluationSettings
 from dydit_cli.objectives import HeldOutDraws, measure, objective_of
 from dydit_cli.training.budgets import nearest
+from scripts.pages import replace_between
 
 BEGIN, END = "<!-- budgets -->", "<!-- /budgets -->"
 SAMPLER, STEPS, GUIDANCE = {"diffusion": "ddim", "flow": "euler"}, 25, 1.5
@@ -135,14 +136,6 @@ def pair(text: str) -> tuple[float, Path]:
     return float(ratio), Path(folder)
 
 
-def write(page: Path, text: str) -> None:
-    """Replace what stands between the markers of a page."""
-    content = page.read_text(encoding="utf-8")
-    before, _, rest = content.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-
-
 def parse() -> argparse.Namespace:
     """Read the options."""
     parser = argparse.ArgumentParser(
@@ -178,7 +171,7 @@ def main() -> None:
     )
     print(text)
     if options.write is not None:
-        write(options.write, text)
+        replace_between(options.write, BEGIN, END, text)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from dydit_cli.sampling.decoding import to_uint8
 from dydit_cli.sampling.generate import generate
 from dydit_cli.sampling.guidance import Guidance, GuidedField
 from dydit_cli.sampling.samplers import sampler_for
+from scripts.pages import replace_between
 
 BEGIN, END = "<!-- flips -->", "<!-- /flips -->"
 LEVELS = 255
@@ -272,14 +273,6 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def write(page: Path, text: str) -> None:
-    """Replace what stands between the markers of a page."""
-    content = page.read_text(encoding="utf-8")
-    before, _, rest = content.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-
-
 def parse() -> argparse.Namespace:
     """Read the options."""
     parser = argparse.ArgumentParser(
@@ -327,7 +320,7 @@ def main() -> None:
     )
     print(text)
     if options.write is not None:
-        write(options.write, text)
+        replace_between(options.write, BEGIN, END, text)
 
 
 if __name__ == "__main__":

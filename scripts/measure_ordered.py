@@ -36,6 +36,7 @@ from dydit_cli.objectives import HeldOutDraws, measure, objective_of
 from dydit_cli.profiling.timing import interleaved, paired_ratio
 from dydit_cli.sampling.generate import generate
 from dydit_cli.sampling.samplers import sampler_for
+from scripts.pages import replace_between
 
 BEGIN, END = "<!-- ordered -->", "<!-- /ordered -->"
 SAMPLER, STEPS, GUIDANCE = {"diffusion": "ddim", "flow": "euler"}, 25, 1.5
@@ -106,14 +107,6 @@ def table(options: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def write(page: Path, text: str) -> None:
-    """Replace what stands between the markers of a page."""
-    content = page.read_text(encoding="utf-8")
-    before, _, rest = content.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-
-
 def parse() -> argparse.Namespace:
     """Read the options."""
     parser = argparse.ArgumentParser(
@@ -141,7 +134,7 @@ def main() -> None:
     )
     print(text)
     if options.write is not None:
-        write(options.write, text)
+        replace_between(options.write, BEGIN, END, text)
 
 
 if __name__ == "__main__":

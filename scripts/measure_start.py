@@ -31,6 +31,7 @@ from dydit_cli.objectives import HeldOutDraws, RatioReport, measure, objective_o
 from dydit_cli.recipe.loading import load_recipe
 from dydit_cli.recipe.schema import FinetuneSection
 from dydit_cli.training import prepare
+from scripts.pages import replace_between
 
 DATA = "fashion-mnist-subset"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -183,13 +184,6 @@ def draw(path: Path, rows: list[dict[str, Any]], families: list[str]) -> None:
     figure.savefig(path)
 
 
-def replace_between(page: Path, text: str) -> None:
-    """Replace what stands between the markers of a page."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-
-
 def parse() -> argparse.Namespace:
     """Read the options."""
     parser = argparse.ArgumentParser(
@@ -242,7 +236,7 @@ def main() -> None:
             writer.writeheader()
             writer.writerows(rows)
     if options.table is not None:
-        replace_between(options.table, text)
+        replace_between(options.table, BEGIN, END, text)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,12 @@ class Autoencoder:
         return pixels
 
 
-def autoencoder_config(folder: Path) -> tuple[Path, dict[str, Any]]:
+def autoencoder_config(folder: Path, kinds: Sequence[str] = KINDS) -> tuple[Path, dict[str, Any]]:
     """Check that ``folder``, or its ``vae/``, holds an autoencoder that can be used.
+
+    Args:
+        folder: A local folder.
+        kinds: Class names that will do.
 
     Returns:
         The folder that holds it and its configuration.
@@ -87,11 +92,11 @@ def autoencoder_config(folder: Path) -> tuple[Path, dict[str, Any]]:
             why=f"It cannot be read as JSON: {error}.",
             fix="Copy the folder again.",
         ) from error
-    if config.get("_class_name") not in KINDS:
+    if config.get("_class_name") not in kinds:
         raise DyditError(
             f"{found} is not an autoencoder.",
             why=f"Its config.json describes a {config.get('_class_name', 'thing without _class_name')}.",
-            fix="Pass the folder of an AutoencoderKL.",
+            fix="Pass the folder of an AutoencoderKL, for example sd-vae-ft-ema.",
         )
     return found, config
 

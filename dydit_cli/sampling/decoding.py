@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dydit_cli.errors import DyditError
+from dydit_cli.pipelines.autoencoder import autoencoder_config
 
 PIXEL_CHANNELS = (1, 3)
 ROUNDING = "(x + 1) * 127.5, rounded to the nearest integer (halves to even), clamped to 0 ... 255"
@@ -76,27 +76,7 @@ def vae_config(folder: Path, channels: int) -> tuple[Path, dict[str, Any]]:
             why=f"It makes pixels ({channels} channel{'s' if channels > 1 else ''}), not latents.",
             fix="Leave out --vae.",
         )
-    found = next((place for place in (folder, folder / "vae") if (place / "config.json").is_file()), None)
-    if found is None:
-        raise DyditError(
-            f"There is no autoencoder at {folder}.",
-            why="It has no config.json." if folder.is_dir() else "No such folder exists.",
-            fix="Pass --vae the local folder of an AutoencoderKL (config.json and diffusion_pytorch_model.safetensors).",
-        )
-    try:
-        config = dict(json.loads((found / "config.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise DyditError(
-            f"{found / 'config.json'} is damaged.",
-            why=f"It cannot be read as JSON: {error}.",
-            fix="Copy the folder again.",
-        ) from error
-    if config.get("_class_name") != "AutoencoderKL":
-        raise DyditError(
-            f"{found} is not an autoencoder.",
-            why=f"Its config.json describes a {config.get('_class_name', 'thing without _class_name')}.",
-            fix="Pass --vae the folder of an AutoencoderKL, for example sd-vae-ft-ema.",
-        )
+    found, config = autoencoder_config(folder, ("AutoencoderKL",))
     latent_channels = int(config.get("latent_channels", 4))
     if latent_channels != channels:
         raise DyditError(
