@@ -134,12 +134,13 @@ def measure(
         for t, values in parts:
             rows.setdefault(t, []).append(values)
     levels = {t: torch.cat(parts) for t, parts in sorted(rows.items())}
-    everything = torch.cat(list(levels.values()))
-    spread = sum(float(((values[:, 0] - values[:, 0].mean()) ** 2).sum()) for values in levels.values())
-    means = dict(zip(columns, everything.mean(dim=0).tolist(), strict=True))
+    # Timesteps weigh alike, also where the images do not divide by their number and some of them see one image more.
+    by_level = torch.stack([values.mean(dim=0) for values in levels.values()])
+    variance = sum(float(values[:, 0].var(correction=0)) / len(values) for values in levels.values())
+    means = dict(zip(columns, by_level.mean(dim=0).tolist(), strict=True))
     return RatioReport(
         cost=means.pop("cost", None),
-        standard_error=spread**0.5 / len(everything),
+        standard_error=variance**0.5 / len(levels),
         images=min(draws.images, len(draws.source)),
         **{name: means.pop(name) for name in columns[:4]},
         losses=means,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -149,7 +150,6 @@ def _joined(rows: list[_Rows]) -> _Rows:
 
 
 def _summed_up(levels: dict[float, _Rows], objective: Objective, images: int) -> Executed:
-    everything = _joined(list(levels.values()))
     noise = objective.noise_level(torch.tensor(list(levels))).tolist()
     by_block = [rows.shares.mean(dim=0).tolist() for rows in levels.values()]
     timesteps = []
@@ -160,9 +160,12 @@ def _summed_up(levels: dict[float, _Rows], objective: Objective, images: int) ->
                 t, level, heads, groups, tokens, float(rows.gmacs[:, 0].mean()), float(rows.ratio.mean())
             )
         )
-    gmacs, without_layernorm = everything.gmacs.mean(dim=0).tolist()
+    # Timesteps weigh alike, also where the images do not divide by their number and some of them see one image more.
+    gmacs, without_layernorm = (
+        torch.stack([rows.gmacs.mean(dim=0) for rows in levels.values()]).mean(dim=0).tolist()
+    )
     return Executed(
-        ratio=float(everything.ratio.mean()),
+        ratio=fmean(step.ratio for step in timesteps),
         gmacs=gmacs,
         gmacs_without_layernorm=without_layernorm,
         images=images,

@@ -81,3 +81,13 @@ def test_every_timestep_is_seen_even_by_few_samples(samples: int, images: int, p
     executed = measure_shares(model, drawn, lambda done, total: told.append((done, total)))
     assert len(executed.timesteps) == 7
     assert told[-1] == (passes, passes)
+
+
+def test_timesteps_weigh_alike_where_images_do_not_divide_by_their_number() -> None:
+    model = tiny_model()
+    drawn = draws(model, samples=10)
+    executed, expected = measure_shares(model, drawn), measure(model, drawn)
+    assert len(executed.timesteps) == 4
+    mean = sum(step.ratio for step in executed.timesteps) / 4
+    assert executed.ratio == pytest.approx(mean, rel=1e-9)
+    assert expected.ratio == pytest.approx(mean, rel=1e-6)
