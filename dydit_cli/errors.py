@@ -26,7 +26,7 @@ class DyditError(Exception):
         self.fix = fix
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str], likeness: float = 0.5) -> str:
     """Return ``did you mean 'x'?`` for the nearest known name, or an empty string if none is near."""
-    nearest = get_close_matches(str(name), [str(option) for option in known], n=1, cutoff=0.5)
+    nearest = get_close_matches(str(name), [str(option) for option in known], n=1, cutoff=likeness)
     return f"did you mean '{nearest[0]}'?" if nearest else ""

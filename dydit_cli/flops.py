@@ -155,7 +155,7 @@ def macs_of(geometry: CostedGeometry, routing: Routing | None = None) -> MacsRep
 
 def mean_of(value: float | Tensor) -> float:
     """A number as it is, a tensor's mean."""
-    return float(value.double().mean()) if isinstance(value, Tensor) else value
+    return float(value.cpu().double().mean()) if isinstance(value, Tensor) else value
 
 
 def router_macs(geometry: CostedGeometry) -> float:

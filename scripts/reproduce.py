@@ -6,24 +6,27 @@
     python scripts/reproduce.py --quick                         ten minutes on two cores, packaged data: shows that all of it works
     python scripts/reproduce.py --data F --only 'dit-*-0.5-*'   some cells
     python scripts/reproduce.py --data F --group core           what the hypotheses need
+    python scripts/reproduce.py --data F --group remedy         what is tried where they are missed or undecided
+    python scripts/reproduce.py --data F --group remedy --settle  the remedy that won for each row, against the test reference
     python scripts/reproduce.py --data F --publish              writes docs/results.md and docs/results.json out of what has run
 
 Every cell runs by the project's own commands (`dydit convert`, `finetune`, `evaluate`) and is kept under a hash of everything that its
 result depends on: what has run is not run again, what was stopped goes on. The report is written anew after every cell.
+
+The same command, started several times, shares the work: each process takes cells that no other has. One process a core, with one
+thread each (OMP_NUM_THREADS=1), wastes least. Times are measured last, by one process, when nothing else runs here.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -31,10 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from dydit_cli.artifacts import atomic_write, write_json
-from dydit_cli.artifacts.manifest import device_description
-from dydit_cli.checkpoints.builtin import builtin_models
+from dydit_cli.checkpoints.builtin import PREFIX, builtin_models
 from dydit_cli.data.idx import read_idx
 from dydit_cli.data.opening import PACKAGED
+from scripts.reproduction.book import TIMING, Book
 from scripts.reproduction.cells import (
     BASE,
     CONTROL,
@@ -46,14 +49,16 @@ from scripts.reproduction.cells import (
     all_cells,
     quick_cells,
 )
-from scripts.reproduction.report import results_of, write_report
+from scripts.reproduction.claims import Claims
+from scripts.reproduction.remedies import HYPOTHESES
+from scripts.reproduction.report import write_report
 from scripts.reproduction.running import REPOSITORY, Missing, Planned, Runner, hashes
 from scripts.reproduction.timing import Subject, time_beside
+from scripts.reproduction.working import POLL_SECONDS, Worker, done, minutes, price_of
+from scripts.reproduction.working import TIMING as TIMING_CLAIM
 
-REFERENCE_IMAGES = 60_000
 PACKAGED_NAME = "fashion-mnist-subset"
-TIMING = "timing.json"
-TIMED_GROUPS = ("core", "extended")
+TIMED_GROUPS = ("core", "extended", "remedied")
 
 
 def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -72,7 +77,17 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--only", metavar="PATTERN", action="append", help="cells whose names match, such as 'dit-*-seed0'"
     )
     parser.add_argument(
-        "--group", action="append", choices=("choice", "core", "extended"), help="cells of a group"
+        "--group", action="append", choices=("choice", "core", "extended", "remedy"), help="cells of a group"
+    )
+    parser.add_argument(
+        "--remedies",
+        metavar="NAMES",
+        help=f"remedies of these hypotheses ({', '.join(HYPOTHESES)}) instead of those that were missed or undecided",
+    )
+    parser.add_argument(
+        "--settle",
+        action="store_true",
+        help="no more remedies will be tried: choose the best of each row, which runs against the test reference",
     )
     parser.add_argument("--list", action="store_true", help="list cells, their states and prices, and end")
     parser.add_argument(
@@ -80,7 +95,9 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="the recipes' learning rates, where there is no time to choose them",
     )
-    parser.add_argument("--no-timing", action="store_true", help="measure no time an image")
+    timing = parser.add_mutually_exclusive_group()
+    timing.add_argument("--no-timing", action="store_true", help="measure no time an image")
+    timing.add_argument("--timing", action="store_true", help="measure times an image, and run nothing else")
     parser.add_argument(
         "--publish", action="store_true", help="write docs/results.* out of what has run, and end"
     )
@@ -90,7 +107,7 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
 def base_of(family: str, given: str | None, quick: bool) -> str:
     """The checkpoint that all arms of a family start from: the longer trained one, where it is shipped."""
     if given:
-        return given
+        return given if given.startswith(PREFIX) else str(Path(given).resolve())
     longer = f"{family}_fmnist_long"
     if not quick and longer in builtin_models():
         return f"builtin:{longer}"
@@ -142,78 +159,77 @@ def main(arguments: Sequence[str] | None = None) -> int:
     validation = None if options.quick else validation_archive(data, out)
     chooses = not (options.quick or options.recipe_rates)
     runner = Runner(out, around, cells, validation, _say, chooses=chooses)
-    wanted = [cell for cell in cells if _wanted(cell, options)]
+    book = Book(runner, cells, options)
+    if options.settle:
+        book.settle(_say)
     if options.list:
-        _list(runner, wanted)
+        _list(runner, book)
         return 0
-    if not options.publish:
-        failed = _run(runner, cells, wanted, options)
-        _report(runner, cells, out, options.quick)
-        return int(failed)
-    if options.quick:
-        print("error: a quick run is no evidence and is not published", file=sys.stderr)
-        return 2
-    _report(runner, cells, REPOSITORY / "docs", quick=False)
-    return 0
-
-
-def _wanted(cell: Cell, options: argparse.Namespace) -> bool:
-    named = not options.only or any(fnmatch(cell.name, pattern) for pattern in options.only)
-    return named and (not options.group or cell.group in options.group)
+    if options.publish:
+        if options.quick:
+            print("error: a quick run is no evidence and is not published", file=sys.stderr)
+            return 2
+        _report(book, REPOSITORY / "docs", quick=False)
+        return 0
+    claims, failed = Claims(out / "claims"), False
+    if not options.timing:
+        after = partial(_report, book, out, options.quick)
+        failed = Worker(runner, claims, book.wanted, _say, after).work()
+    if not options.no_timing:
+        _time(runner, claims, book.wanted(), quick=options.quick)
+    _report(book, out, options.quick)
+    return int(failed)
 
 
 def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _run(runner: Runner, cells: Sequence[Cell], wanted: Sequence[Cell], options: argparse.Namespace) -> bool:
-    failed = False
-    for number, cell in enumerate(wanted, 1):
-        try:
-            planned = runner.plan(cell)
-        except Missing as reason:
-            _say(f"[{number}/{len(wanted)}] {cell.name}: waits, {reason}")
-            continue
-        if planned.result is not None:
-            continue
-        left = _price_of(runner, wanted[number - 1 :])
-        _say(
-            f"[{number}/{len(wanted)}] {cell.name}: {_minutes(runner.price(planned))}; all that is left: {_minutes(left)}"
-        )
+def _time(runner: Runner, claims: Claims, wanted: Sequence[Cell], *, quick: bool) -> None:
+    """Time the first seed of every row beside the control of its family, when nothing else runs here."""
+    pending = [pair for cell in wanted if (pair := _pending(runner, cell)) is not None]
+    if not pending:
+        return
+    with claims.taken(TIMING_CLAIM) as claim:
+        if claim is None:
+            _say("times are measured by another process")
+            return
+        if others := _others(claims):
+            _say(f"times are measured when {', '.join(others)} has ended")
+        while _others(claims):
+            time.sleep(POLL_SECONDS)
+        # Another process may have measured some before this one had its turn.
+        pending = [pair for planned, _ in pending if (pair := _pending(runner, planned.cell)) is not None]
         started = time.monotonic()
-        try:
-            result = runner.run(planned)
-        except subprocess.CalledProcessError as error:
-            failed = True
-            _say(f"  failed with exit code {error.returncode}; the same command goes on where it stopped")
-            continue
-        _say(
-            f"  Fréchet distance {result['fd']:.3f}, {result['gmacs'] * 1e3:.2f} MMACs, {_minutes(time.monotonic() - started)}"
-        )
-        _report(runner, cells, runner.out, options.quick)
-    if not options.no_timing:
-        _time(runner, wanted, quick=options.quick)
-    return failed
+        for number, (planned, control) in enumerate(pending):
+            cell = planned.cell
+            sampling = {
+                "sampler": SAMPLERS[cell.family],
+                "steps": runner.around.sizes.sampler_steps,
+                "guidance": 1.0,
+            }
+            left = (time.monotonic() - started) / number * (len(pending) - number) if number else None
+            rest = "" if left is None else f"; all times that are left: {minutes(left)}"
+            _say(f"[{number + 1}/{len(pending)}] timing {cell.name} beside {control.cell.name}{rest}")
+            found = time_beside(
+                _subject(planned), _subject(control), sampling, **({"pairs": 3, "batch": 16} if quick else {})
+            )
+            write_json(planned.folder / TIMING, asdict(found))
 
 
-def _time(runner: Runner, wanted: Sequence[Cell], *, quick: bool) -> None:
-    """Time the first seed of every row beside the control of its family."""
-    for cell in wanted:
-        if cell.group not in TIMED_GROUPS or cell.seed != 0:
-            continue
-        planned, control = _done(runner, cell), _done(runner, _control(cell))
-        if planned is None or control is None or (planned.folder / TIMING).exists():
-            continue
-        sampling = {
-            "sampler": SAMPLERS[cell.family],
-            "steps": runner.around.sizes.sampler_steps,
-            "guidance": 1.0,
-        }
-        _say(f"timing {cell.name} beside {control.cell.name}")
-        found = time_beside(
-            _subject(planned), _subject(control), sampling, **({"pairs": 3, "batch": 16} if quick else {})
-        )
-        write_json(planned.folder / TIMING, asdict(found))
+def _others(claims: Claims) -> list[str]:
+    """Cells that run."""
+    return [name for name in claims.held() if name != TIMING_CLAIM]
+
+
+def _pending(runner: Runner, cell: Cell) -> tuple[Planned, Planned] | None:
+    """A cell that is to be timed, and the control beside it; None if it is not, or was."""
+    if cell.group not in TIMED_GROUPS or cell.seed != 0:
+        return None
+    planned, control = done(runner, cell), done(runner, _control(cell))
+    if planned is None or control is None or (planned.folder / TIMING).exists():
+        return None
+    return planned, control
 
 
 def _control(cell: Cell) -> Cell:
@@ -221,110 +237,30 @@ def _control(cell: Cell) -> Cell:
     return Cell(cell.family, CONTROL, 1.0, 0, "core", rate)
 
 
-def _done(runner: Runner, cell: Cell) -> Planned | None:
-    try:
-        planned = runner.plan(cell)
-    except Missing:
-        return None
-    return planned if planned.result is not None else None
-
-
 def _subject(planned: Planned) -> Subject:
     folder = planned.folder / ("converted" if planned.cell.arm == BASE else "trained")
     return Subject(folder, ("static", "compact") if planned.cell.is_static else ("compact",))
 
 
-def _price_of(runner: Runner, cells: Sequence[Cell]) -> float | None:
-    """What is left of ``cells``; those that wait for others cost as much as the dearest that do not."""
-    known, waiting = [], 0
-    for cell in cells:
-        try:
-            planned = runner.plan(cell)
-        except Missing:
-            waiting += 1
-            continue
-        if planned.result is None:
-            known.append(runner.price(planned))
-    prices = [price for price in known if price is not None]
-    return sum(prices) + waiting * max(prices) if prices else None
-
-
-def _minutes(seconds: float | None) -> str:
-    return "price not known before the first cell" if seconds is None else f"about {seconds / 60:.1f} min"
-
-
-def _list(runner: Runner, cells: Sequence[Cell]) -> None:
-    for cell in cells:
+def _list(runner: Runner, book: Book) -> None:
+    wanted = book.wanted()
+    for cell in wanted:
         try:
             planned = runner.plan(cell)
         except Missing as reason:
-            print(f"{cell.group:9} {cell.name:44} waits: {reason}")
+            print(f"{cell.group:9} {cell.name:52} waits: {reason}")
             continue
         if planned.result is not None:
             state = f"done: Fréchet distance {planned.result['fd']:.3f}"
         else:
-            state = ("begun, " if planned.folder.exists() else "") + _minutes(runner.price(planned))
-        print(f"{cell.group:9} {cell.name:44} {state}")
-    print(f"all that is left: {_minutes(_price_of(runner, cells))}")
+            state = ("begun, " if planned.folder.exists() else "") + minutes(runner.price(planned))
+        print(f"{cell.group:9} {cell.name:52} {state}")
+    print(f"all that is left: {minutes(price_of(runner, wanted))}")
 
 
-def _report(runner: Runner, cells: Sequence[Cell], folder: Path, quick: bool) -> None:
-    found: list[dict[str, Any]] = []
-    choices: dict[str, Any] = {}
-    for cell in cells:
-        planned = _done(runner, cell)
-        if planned is None or planned.result is None:
-            continue
-        timing = planned.folder / TIMING
-        held = dict(planned.result)
-        if timing.exists():
-            held["timing"] = _read_json(timing)
-        found.append(held)
-        if cell.group == "choice" and (chosen := runner.chosen(cell.family, cell.kind)):
-            distances = {str(rate): value for rate, value in chosen[1].items()}
-            choices[f"{cell.family} {cell.kind}"] = {"rate": chosen[0], "distances": distances}
-    _add_times(found)
-    rows = list(dict.fromkeys(cell.row for cell in cells if cell.group != "choice"))
-    sizes = runner.around.sizes
-    circumstances = {
-        "quick": quick,
-        "images": sizes.images,
-        "sampler_steps": sizes.sampler_steps,
-        "reference_images": REFERENCE_IMAGES,
-        "hashes": dict(runner.around.hashes),
-        "bases": dict(runner.around.bases),
-        "learning_rates": "chosen on the validation split"
-        if runner.chooses
-        else "the recipes' own, not chosen",
-        "device": device_description("cpu"),
-        "cells_done": len(found),
-        "cells_all": len(cells),
-    }
-    for file in write_report(results_of(found, rows, circumstances, choices), folder, quick=quick):
-        _say(f"  written: {file}") if folder != runner.out else None
-
-
-def _add_times(cells: Sequence[dict[str, Any]]) -> None:
-    """Give each timed cell its ratio to the control's time, and that times the control's seconds.
-
-    Rows are timed one after the other, and what else the machine does moves their seconds; their ratios were paired.
-    """
-    controls = {
-        cell["family"]: cell["timing"]["seconds_per_image"]
-        for cell in cells
-        if cell["arm"] == CONTROL and "timing" in cell
-    }
-    for cell in cells:
-        if "timing" in cell and cell["family"] in controls:
-            ratio = 1.0 if cell["arm"] == CONTROL else cell["timing"]["time_ratio"]
-            cell |= {"time_ratio": ratio, "seconds_per_image": ratio * controls[cell["family"]]}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    import json
-
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return content
+def _report(book: Book, folder: Path, quick: bool) -> None:
+    for file in write_report(book.published(), folder, quick=quick):
+        _say(f"  written: {file}") if folder != book.runner.out else None
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ class Balancing:
 
     def tokens(self, block: int, logits: Tensor) -> Tensor:
         """See `Gating`."""
-        self._blocks[block].token_router.score.bias -= logits.median()
+        self._blocks[block].token_router.shift(-float(logits.median()))
         return torch.ones_like(logits)
 
 

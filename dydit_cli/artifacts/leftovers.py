@@ -28,12 +28,14 @@ _NAME = re.compile(
 
 def temporary_folder(target: Path, ending: str = PART) -> Path:
     """Make an empty folder beside ``target`` that is known to be this process's."""
-    return Path(tempfile.mkdtemp(prefix=f".{target.name}.{_owner()}-", suffix=ending, dir=target.parent))
+    return Path(
+        tempfile.mkdtemp(prefix=f".{target.name}.{process_name()}-", suffix=ending, dir=target.parent)
+    )
 
 
 def temporary_file(target: Path) -> Path:
     """A name beside ``target`` that is known to be this process's."""
-    return target.with_name(f".{target.name}.{_owner()}{PART}")
+    return target.with_name(f".{target.name}.{process_name()}{PART}")
 
 
 def remove_folder(path: Path) -> None:
@@ -60,7 +62,7 @@ def clear_leftovers(folder: Path, target: str | None = None) -> list[Path]:
     found = []
     for path in entries:
         match = _NAME.fullmatch(path.name)
-        if match is None or target not in (None, match["target"]) or _runs(match["owner"]):
+        if match is None or target not in (None, match["target"]) or may_run(match["owner"]):
             continue
         place = path.with_name(match["target"])
         if match["ending"] == OLD and (path / KEPT).exists() and not place.exists():
@@ -75,13 +77,15 @@ def clear_leftovers(folder: Path, target: str | None = None) -> list[Path]:
     return found
 
 
-def _owner() -> str:
-    return f"{_machine()}-{os.getpid()}-{_started(os.getpid()):x}"
+def process_name(pid: int | None = None) -> str:
+    """A name that no other process has: machine, number and start of a process of this machine; this one by default."""
+    number = os.getpid() if pid is None else pid
+    return f"{_machine()}-{number}-{_started(number):x}"
 
 
-def _runs(owner: str) -> bool:
-    """Whether the process may still be there; true for what cannot be known from here."""
-    machine, pid, started = owner.split("-")
+def may_run(name: str) -> bool:
+    """Whether the process of that name may still be there; true for what cannot be known from here."""
+    machine, pid, started = name.split("-")
     if machine != _machine() or os.name != "posix":
         return True
     try:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from dydit_cli.dynamic.baked import fixed_widths
 from dydit_cli.dynamic.routers import WIDTHS
 from dydit_cli.errors import DyditError
 from dydit_cli.families.dynamic_model import DynamicModel
@@ -202,12 +203,14 @@ def load_for_training(path: str | Path, device: torch.device | str | None = None
     """Load a dynamic model in fp32, dense, with gradients on everything but the position table.
 
     Raises:
-        DyditError: As `load_model`, and for a family that dydit does not train.
+        DyditError: As `load_model`, and for a family that dydit does not train, or baked widths.
     """
     stored = class_named(model_config(path)["_class_name"])
     if stored is not None:
         require(family_named(stored.family), "dydit finetune")
     model = load_model(path, execution="dense", device=device, convention="native")
+    if model.config.get("baked") is not None:
+        raise fixed_widths("It cannot be fine-tuned.")
     model.train()
     for parameter in (*model.backbone_parameters(), *model.router_parameters()):
         parameter.requires_grad_(True)

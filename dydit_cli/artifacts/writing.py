@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,12 @@ FULL = {
     errno.EFBIG: "a file-size limit was reached",
 }
 
+TORCH_SHORT_WRITE = ("PytorchStreamWriter failed", "inline_container.cc", "iostream error")
+"""How torch's zip writer, by version and size, reports a short write; it does not say which error caused it (docs/upstream.md)."""
+
+WAITS_SECONDS = (0.0, 0.1, 0.3, 1.0, 2.0)
+"""Before a rename that Windows refused is tried again."""
+
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
@@ -44,10 +52,11 @@ def writing(path: Path) -> Iterator[None]:
 
 def _code_in(message: str) -> int | None:
     for code in FULL:
-        if f"os error {code}" in message or os.strerror(code).lower() in message.lower():
+        # Windows has no words for some of them, and says so.
+        words = os.strerror(code).lower()
+        if f"os error {code}" in message or (words in message.lower() and "unknown" not in words):
             return code
-    # torch's zip writer reports a short write without saying which error caused it.
-    return errno.ENOSPC if "PytorchStreamWriter failed" in message else None
+    return errno.ENOSPC if any(words in message for words in TORCH_SHORT_WRITE) else None
 
 
 def _explained(path: Path, error: OSError) -> DyditError:
@@ -141,19 +150,42 @@ def _umask() -> int:
 def _replace(temporary: Path, out: Path) -> None:
     """Put ``temporary`` in the place of ``out``; an older folder goes only after the new one stands."""
     if not out.exists():
-        temporary.rename(out)
+        patiently(lambda: temporary.rename(out))
         return
     old = temporary_folder(out, OLD) / KEPT
     try:
-        out.rename(old)
-        temporary.rename(out)
+        patiently(lambda: out.rename(old))
+        patiently(lambda: temporary.rename(out))
     except BaseException:
         if old.exists() and not out.exists():
-            old.rename(out)
+            patiently(lambda: old.rename(out))
         # Refuses where anything is left in it, so that nothing is lost if the way back fails too.
         old.parent.rmdir()
         raise
     shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def patiently(rename: Callable[[], object], system: str = os.name) -> None:
+    """Rename something; on Windows try again for a few seconds.
+
+    There nothing can be renamed while a file of it is open, be it by a search index, a virus scanner, or weights of ours that are
+    mapped into memory and wait for the garbage collector.
+
+    Args:
+        rename: Does it.
+        system: As `os.name`.
+
+    Raises:
+        OSError: What the system says, on Windows the last time.
+    """
+    for wait in WAITS_SECONDS if system == "nt" else ():
+        try:
+            rename()
+            return
+        except PermissionError:
+            gc.collect()
+            time.sleep(wait)
+    rename()
 
 
 @contextmanager
@@ -165,16 +197,22 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            os.replace(temporary, path)
+            patiently(lambda: os.replace(temporary, path))
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def flush(folder: Path) -> None:
-    """Have the system put the files of a folder on the disk, so that a power cut does not leave a name with half a content."""
+def flush(folder: Path, system: str = os.name) -> None:
+    """Have the system put the files of a folder on the disk, so that a power cut does not leave a name with half a content.
+
+    Args:
+        folder: With the files, and folders in it.
+        system: As `os.name`.
+    """
     for path in (*folder.rglob("*"), folder):
-        if path.is_file() or (path.is_dir() and os.name == "posix"):
-            descriptor = os.open(path, os.O_RDONLY)
+        if path.is_file() or (path.is_dir() and system == "posix"):
+            # Windows flushes through a handle that may write alone.
+            descriptor = os.open(path, os.O_RDONLY if system == "posix" else os.O_RDWR)
             try:
                 os.fsync(descriptor)
             finally:

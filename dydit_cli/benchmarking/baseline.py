@@ -68,6 +68,9 @@ class DiffusersStatic(nn.Module):
         found: torch.dtype = self.transformer.dtype
         return found
 
+    def begin_run(self) -> None:
+        """See `DynamicModel`: there is no cache that could remember a run."""
+
     def denoise(
         self,
         hidden_states: Tensor,

@@ -121,7 +121,8 @@ def impose(
         DyditError: If the type of numbers is too coarse for masks that change.
     """
     times = torch.stack([timestep.flatten()[0] for _, timestep, _ in inputs])
-    embeddings = model.t_embedder(model.native_timestep(times)).double()
+    # On the CPU: not every device knows fp64.
+    embeddings = model.t_embedder(model.native_timestep(times)).cpu().double()
     for index, block in enumerate(model.dynamic_blocks):
         for name, router, count in (
             ("heads", block.head_router, case.heads),
@@ -143,7 +144,9 @@ def impose(
                 solved = torch.linalg.lstsq(embeddings, logits.to(embeddings)).solution
                 router.linear.weight.copy_(solved.t())
                 router.linear.bias.zero_()
-                if not torch.equal(router(embeddings.to(model.dtype)) > 0, logits.to(model.device) > 0):
+                if not torch.equal(
+                    router(embeddings.to(model.device, model.dtype)) > 0, logits.to(model.device) > 0
+                ):
                     raise DyditError(
                         f"Masks that change from step to step cannot be imposed in {model.dtype}.",
                         why="The routers' weights would have to be finer than its numbers are.",

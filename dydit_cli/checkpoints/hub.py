@@ -1,4 +1,5 @@
-"""Checkpoints of the Hugging Face Hub: downloaded when a user names one, and nothing but the model's weights and configurations.
+"""Checkpoints of the Hugging Face Hub: downloaded when a user names one, and nothing but the model's weights,
+configurations and card.
 
 A path that exists is a path; ``owner/name`` that does not exist here is a repository. Weights are safetensors where the repository
 has them; older ones have pickled files alone, which are read as data like any other.
@@ -6,9 +7,14 @@ has them; older ones have pickled files alone, which are read as data like any o
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from dydit_cli.errors import DyditError
 
@@ -22,6 +28,9 @@ SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
 INDEX = ".index.json"
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+
+CARD = "README.md"
+"""The model card, whose head says under which licence the weights are."""
 
 Progress = Callable[[str], None]
 
@@ -47,16 +56,9 @@ def download(name: str, on_progress: Progress | None = None) -> Path:
     Raises:
         DyditError: If the repository cannot be reached, is not there or holds no weights that dydit reads.
     """
-    match = REPOSITORY.fullmatch(name)
-    if match is None:
-        raise DyditError(
-            f"'{name}' is not the name of a repository of the Hub.",
-            why="Such a name is an owner, a slash and a name, with @revision behind it if wanted.",
-            fix="Write it like facebook/DiT-XL-2-256.",
-        )
     from huggingface_hub import snapshot_download
 
-    repository, revision = match["name"], match["revision"]
+    repository, revision = repository_of(name)
     try:
         files, offline = _files(repository, revision)
         wanted = _wanted(files, repository)
@@ -71,6 +73,94 @@ def download(name: str, on_progress: Progress | None = None) -> Path:
         raise
     except Exception as error:
         raise _unreachable(name, repository, error) from error
+    return _model_in(folder, wanted)
+
+
+def repository_of(name: str) -> tuple[str, str | None]:
+    """The ``owner/name`` and the revision that a user's name means.
+
+    Raises:
+        DyditError: If it is not of that form.
+    """
+    match = REPOSITORY.fullmatch(name)
+    if match is None:
+        raise DyditError(
+            f"'{name}' is not the name of a repository of the Hub.",
+            why="Such a name is an owner, a slash and a name, with @revision behind it if wanted.",
+            fix="Write it like facebook/DiT-XL-2-256.",
+        )
+    return match["name"], match["revision"]
+
+
+@contextmanager
+def glimpse(name: str, on_progress: Progress | None = None) -> Iterator[Path]:
+    """Give a repository's model to a reader of names, shapes and types, without downloading its weights.
+
+    Configurations come as they are. Of each safetensors file its header comes, and stands in a file of the full length that holds
+    no numbers and takes no room. A repository with pickled weights alone is downloaded, because these have no such header.
+
+    Args:
+        name: As `download` takes it.
+        on_progress: Told what is fetched.
+
+    Raises:
+        DyditError: As `download`.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    repository, revision = repository_of(name)
+    try:
+        files, offline = _files(repository, revision)
+        wanted = _wanted(files, repository)
+        weights = [file for file in wanted if file.endswith(SUFFIXES)]
+        if offline or not all(file.endswith(".safetensors") for file in weights):
+            yield download(name, on_progress)
+            return
+        if on_progress is not None:
+            on_progress(f"reading the headers of {len(weights)} files of {repository} on the Hub")
+        others = [file for file in wanted if file not in weights]
+        settings = (
+            Path(snapshot_download(repository, revision=revision, allow_patterns=others))
+            if others
+            else Path()
+        )
+        headers = {
+            file: HfApi().parse_safetensors_file_metadata(repository, file, revision=revision)
+            for file in weights
+        }
+    except DyditError:
+        raise
+    except Exception as error:
+        raise _unreachable(name, repository, error) from error
+    with tempfile.TemporaryDirectory(prefix="dydit-") as place:
+        folder = Path(place)
+        for file in others:
+            target = folder / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(settings / file, target)
+        for file, header in headers.items():
+            _write_hollow(folder / file, header)
+        yield _model_in(folder, wanted)
+
+
+def _write_hollow(path: Path, header: Any) -> None:
+    """A safetensors file with a header and a hole for the numbers."""
+    content: dict[str, Any] = {
+        key: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
+        for key, info in header.tensors.items()
+    }
+    length = max((info.data_offsets[1] for info in header.tensors.values()), default=0)
+    said = {"__metadata__": header.metadata, **content} if header.metadata else content
+    text = json.dumps(said, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + length)
+
+
+def _model_in(folder: Path, wanted: Sequence[str]) -> Path:
+    """The folder of a model; or its only file, where that has a name of its own."""
     weights = [file for file in wanted if file.endswith(SUFFIXES)]
     if len(weights) == 1 and PurePosixPath(weights[0]).stem not in WEIGHT_NAMES:
         return folder / weights[0]
@@ -109,8 +199,8 @@ def _wanted(files: Sequence[str], repository: str) -> list[str]:
             )
         if weights:
             configurations = [file for file in here if file.endswith(".json")]
-            index = [file for file in files if file == "model_index.json"]
-            return sorted({*weights, *configurations, *index})
+            beside = [file for file in files if file in ("model_index.json", CARD)]
+            return sorted({*weights, *configurations, *beside})
     raise DyditError(
         f"The repository {repository} holds no weights that dydit reads.",
         why=f"Neither at its top nor in transformer/ is a file that ends in one of {', '.join(SUFFIXES)}.",

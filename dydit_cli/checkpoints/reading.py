@@ -29,6 +29,7 @@ from dydit_cli.checkpoints.layout import Rearranged, Rows
 from dydit_cli.checkpoints.lazy import LazyTensors, MemoryTensors
 from dydit_cli.checkpoints.names import plain_names
 from dydit_cli.checkpoints.stored import read_header, read_index
+from dydit_cli.checkpoints.terms import Terms
 from dydit_cli.errors import DyditError
 
 # The copies of the weights that training scripts keep, best first: the EMA is the one that was evaluated.
@@ -50,6 +51,7 @@ class Checkpoint:
         quantisation: ``fp8`` or ``scaled fp8`` where tensors were stored so and are given as bf16, else "".
         config: The ``config.json`` beside the weights of a folder, which says what tensors cannot.
         left_out: What else the file holds: keys of other models in an all-in-one file, entries beside the copy that was taken.
+        terms: Under which licence it was published, where whoever opened it asked.
     """
 
     path: Path
@@ -59,6 +61,7 @@ class Checkpoint:
     quantisation: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    terms: Terms = field(default_factory=Terms)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:

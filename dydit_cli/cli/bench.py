@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from dydit_cli.cli import console, options
+from dydit_cli.cli import completing, console, options
 from dydit_cli.cli.progress import progress_bar
 from dydit_cli.errors import DyditError
 
@@ -44,7 +44,11 @@ def bench(
         typer.Option(help="Folder of a model; its own routers decide what is on.", metavar="FOLDER"),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="A published size such as dit-xl/2: random weights, imposed masks.")
+        str | None,
+        typer.Option(
+            help="A published size such as dit-xl/2: random weights, imposed masks.",
+            autocompletion=completing.choices("preset"),
+        ),
     ] = None,
     blocks: Annotated[
         int | None,
@@ -93,6 +97,7 @@ def bench(
         typer.Option(
             help="scattered; changing: anew at each of five timesteps; prefix: the most important units.",
             rich_help_panel=MASKS,
+            autocompletion=completing.among("scattered", "changing", "prefix"),
         ),
     ] = "scattered",
     batch: Annotated[
@@ -139,6 +144,7 @@ def bench(
         typer.Option(
             help="cpu (processor time), wall, or auto: cpu for one thread on a CPU, wall otherwise.",
             rich_help_panel=MEASURING,
+            autocompletion=completing.among("auto", "cpu", "wall"),
         ),
     ] = "auto",
     device: Annotated[str, options.device(show_default=True, rich_help_panel=MEASURING)] = "auto",

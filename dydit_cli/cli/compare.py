@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dydit_cli.cli import console, options
+from dydit_cli.cli import completing, console, options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,7 +32,12 @@ def compare(
         ),
     ],
     format: Annotated[  # noqa: A002
-        str, typer.Option("--format", help="table, csv, markdown or latex.")
+        str,
+        typer.Option(
+            "--format",
+            help="table, csv, markdown or latex.",
+            autocompletion=completing.among("table", "csv", "markdown", "latex"),
+        ),
     ] = "table",
     json: options.AsJson = False,
 ) -> None:

@@ -6,6 +6,7 @@ colons; style with `style=` or `rich.text.Text`. What goes to a file or a pipe i
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,13 @@ def quieted(on: bool) -> Iterator[None]:
         yield
     finally:
         _QUIET.reset(token)
+
+
+def settle_streams() -> None:
+    """Let what a stream's encoding has no sign for be escaped instead of ending the command: pipes on Windows are not UTF-8."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def results() -> Console:
@@ -69,8 +77,10 @@ def emit_json(value: Any) -> None:
     Raises:
         ValueError: It holds a number that JSON has no word for (nan, inf).
     """
+    # Escapes of JSON's own where the stream has not all signs, so that it stays JSON.
+    plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
     sys.stdout.write(
-        json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_as_json) + "\n"
+        json.dumps(value, indent=2, ensure_ascii=plain, allow_nan=False, default=_as_json) + "\n"
     )
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dydit_cli.cli import console, options, stage
+from dydit_cli.cli import completing, console, foresight, options, stage
 from dydit_cli.cli.progress import progress_bar
+from dydit_cli.cli.standing import beside, next_stage
+from dydit_cli.shell import quoted
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from dydit_cli.conversion.convert import ConversionReport
+    from dydit_cli.conversion.pricing import Price
+    from dydit_cli.recipe.loading import Recipe
     from dydit_cli.recipe.schema import ConvertSection
 
 EXAMPLES = (
@@ -26,6 +29,18 @@ EXAMPLES = (
 )
 
 PATCHES = "x_embedder.proj.weight"
+SHIPPED_DATA = {
+    "builtin:dit_fmnist": "fashion-mnist-subset",
+    "builtin:sit_fmnist": "fashion-mnist-subset",
+    "builtin:latte_fmnist": "moving-fashion-mnist",
+}
+"""Data of the package that fit its models."""
+
+SHIPPED_TEXTS = {
+    "builtin:flux_fmnist": f"--data fashion-mnist-subset --pipeline builtin:flux_fmnist --caption {quoted('a {class}')} --resolution 28"
+}
+"""What makes them ready for a model that reads prompts."""
+
 RATIO_TOLERANCE = 0.01
 """By which a calibrated model may miss its ratio without a word."""
 
@@ -38,19 +53,34 @@ def convert(
         typer.Option(
             help="File (.pt, .safetensors), folder, builtin:NAME, or a repository of the Hub (owner/name).",
             metavar="FILE|DIR|NAME",
+            autocompletion=completing.builtin_checkpoints,
         ),
     ] = None,
     family: Annotated[
-        str | None, typer.Option(help="dit, sit, latte, flux, or auto.", show_default="auto")
+        str | None,
+        typer.Option(
+            help="dit, sit, latte, flux, or auto.",
+            show_default="auto",
+            autocompletion=completing.choices("family"),
+        ),
     ] = None,
     num_heads: options.NumHeads = None,
     num_groups: options.NumGroups = None,
     grouping: Annotated[
-        str | None, typer.Option(help="sorted or contiguous channel groups.", show_default="sorted")
+        str | None,
+        typer.Option(
+            help="sorted or contiguous channel groups.",
+            show_default="sorted",
+            autocompletion=completing.choices("grouping"),
+        ),
     ] = None,
     width: Annotated[
         str | None,
-        typer.Option(help="free masks of heads and groups, or ordered ones.", show_default="free"),
+        typer.Option(
+            help="free masks of heads and groups, or ordered ones.",
+            show_default="free",
+            autocompletion=completing.choices("width"),
+        ),
     ] = None,
     lora: Annotated[
         str | None,
@@ -71,18 +101,25 @@ def convert(
         typer.Option(
             help="magnitude, taylor, random, or scores of an earlier conversion; auto: magnitude, or taylor with --calibrate.",
             show_default="auto",
+            autocompletion=completing.choices("importance"),
         ),
     ] = None,
     importance_samples: Annotated[
         int | None, typer.Option(help="Samples of the Taylor ranking.", show_default="256")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Training data, for the Taylor ranking alone.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Training data, for the Taylor ranking alone.", autocompletion=completing.choices("data")
+        ),
+    ] = None,
     calibrate: Annotated[
         str | None,
         typer.Option(
             help="Training data on which the widths are set before any training: each range of timesteps keeps what it needs.",
             metavar="DATA",
             show_default="none",
+            autocompletion=completing.choices("calibrate"),
         ),
     ] = None,
     calibrate_ratio: Annotated[
@@ -95,10 +132,15 @@ def convert(
     seed: Annotated[int | None, typer.Option(help="Of routers and rankings.", show_default="0")] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="Where the Taylor ranking and the calibration run.", show_default="auto"),
+        typer.Option(
+            help="Where the Taylor ranking and the calibration run.",
+            show_default="auto",
+            autocompletion=completing.choices("device"),
+        ),
     ] = None,
     out: options.Out = None,
     overwrite: options.Overwrite = None,
+    dry_run: options.DryRun = False,
     json: options.AsJson = False,
 ) -> None:
     """Make a trained static DiT or SiT dynamic.
@@ -110,6 +152,9 @@ def convert(
     from dydit_cli.recipe.schema import ConvertSection
 
     request = stage.resolve(context, ConvertSection)
+    if dry_run:
+        foresight.show(_foreseen(request.section), context, request.recipe.to_yaml(), as_json=json)
+        return
     report = convert_with_progress(request.section, request.recipe.to_yaml())
     if json:
         from dataclasses import asdict
@@ -126,18 +171,19 @@ def convert(
         console.note(
             "The model is static, and smaller for good: what was cut out is gone. Fine-tuning lets the rest make up for it."
         )
-        console.note(
-            f"next: dydit finetune --model {report.out} --data DATA --target-ratio 1 --steps STEPS --out "
-            f"{Path(report.out).parent / 'finetuned'}"
-        )
+        console.note(f"next: {next_command(report, request.section, request.recipe)}")
         return
     console.say(f"Written to {report.out}. Largest difference from the source: {_difference(report)}.")
     if report.calibration is not None:
         show_calibration(report)
+        console.note(
+            f"next: {next_command(report, request.section, request.recipe)}   or at once: dydit sample --model {quoted(report.out)} "
+            f"--out {beside(report.out, 'samples')}"
+        )
         return
     if report.importance == "imported":
         console.note("The file's trained routers were kept; the model is dynamic already.")
-        console.note(f"next: dydit profile --model {report.out}")
+        console.note(f"next: dydit profile --model {quoted(report.out)}")
         return
     if report.verification.switched_on is not None and report.verification.switched_on < 1:
         console.warn(
@@ -153,18 +199,96 @@ def convert(
         console.note(
             "The model is not faster yet: every router starts with everything on. Fine-tuning teaches them what to leave out."
         )
-        console.note(
-            "next: dydit prepare --prompts FILE --count 2000 --pipeline PIPELINE --resolution 1024 --out runs/cache, then dydit finetune "
-            f"--model {report.out} --data runs/cache --target-ratio 0.5 --steps STEPS --out {Path(report.out).parent / 'finetuned'}"
-        )
+        console.note(f"next: {next_command(report, request.section, request.recipe)}")
         return
     console.note(
         "The model is not faster yet: every router starts with everything on. Fine-tuning teaches them what to leave out; "
         "the paper trains DiT-S/2 for 50,000, DiT-B/2 for 100,000 and DiT-XL/2 for 150,000 to 200,000 steps of 256."
     )
-    console.note(
-        f"next: dydit finetune --model {report.out} --data DATA --target-ratio 0.5 --steps 50000 --batch-size 256 --out "
-        f"{Path(report.out).parent / 'finetuned'}"
+    console.note(f"next: {next_command(report, request.section, request.recipe)}")
+
+
+def _foreseen(section: ConvertSection) -> foresight.Foresight:
+    """What `--dry-run` shows.
+
+    Raises:
+        DyditError: For whatever would end the conversion before it computes anything.
+    """
+    from dydit_cli.artifacts.writing import refuse_existing
+    from dydit_cli.cli.plan import model_words, price_of, size
+    from dydit_cli.devices import find_device
+
+    refuse_existing(section.out, section.overwrite)
+    device = find_device(section.device)
+    with progress_bar() as progress:
+        progress.add_task("reading the header", total=None)
+        found = price_of(
+            section.checkpoint,
+            section.family,
+            (section.num_heads, section.num_groups, section.axes_dims_rope),
+            None,
+        )
+    reads = [("checkpoint", f"{section.checkpoint}, {size(found.bytes.source)} of weights")]
+    reads += [("adapter", lora) for lora in section.lora or ()]
+    for use, data in (("ranking", section.data), ("calibration", section.calibrate)):
+        if data is not None:
+            reads.append((f"data of the {use}", f"{data}, {_count_samples(data, found):,} samples"))
+    makes = [("model", model_words(found)), ("ranking", section.importance)]
+    if section.prune is not None:
+        makes.append(("pruned to", f"{section.prune:g} of attention and MLP MACs"))
+    if section.calibrate is not None:
+        makes.append(("calibrated to", f"{section.calibrate_ratio:g} of attention and MLP MACs, on {device}"))
+    measured = section.prune is None and section.calibrate is None and section.importance != "taylor"
+    return foresight.Foresight(
+        reads=reads,
+        makes=makes,
+        out=section.out,
+        nbytes=found.bytes.converted,
+        exact=section.prune is None,
+        memory=found.bytes.convert_memory if measured else None,
+        facts={"checkpoint": found.as_json(), "dynamic": found.dynamic},
+    )
+
+
+def _count_samples(data: str, found: Price) -> int:
+    """How many samples data hold that fit the model of a checkpoint.
+
+    Raises:
+        DyditError: If there are none, or they do not fit.
+    """
+    import torch
+
+    from dydit_cli.data import open_data
+    from dydit_cli.families.registry import family_named
+
+    with torch.device("meta"):
+        geometry = family_named(found.family).model_class(**found.config).geometry
+    return len(open_data(data, geometry=geometry).train)
+
+
+def next_command(report: ConversionReport, section: ConvertSection, recipe: Recipe | None = None) -> str:
+    """The command that goes on from a conversion: the recipe's own next stage, or a fine-tuning with what is known."""
+    if following := next_stage(recipe, report.out, ("prepare", "finetune")):
+        return following
+    data = section.calibrate or section.data or SHIPPED_DATA.get(section.checkpoint)
+    target = 0.5
+    if report.pruning is not None:
+        target = 1.0
+    elif report.calibration is not None:
+        target = report.calibration.target_ratio
+    cache = beside(report.out, "cache")
+    before = ""
+    if "text_tokens" in report.geometry and data is None:
+        what = SHIPPED_TEXTS.get(
+            section.checkpoint, "--prompts PROMPTS --count 2000 --pipeline PIPELINE --resolution 1024"
+        )
+        before = f"dydit prepare {what} --out {cache}   and then: "
+    shipped = section.checkpoint in (*SHIPPED_DATA, *SHIPPED_TEXTS)
+    size = "--steps 800" if shipped else "--steps 50000 --batch-size 256"
+    where = quoted(data) if data is not None else cache if before else "DATA"
+    return (
+        f"{before}dydit finetune --model {quoted(report.out)} --data {where} --target-ratio {target:g} {size} --out "
+        f"{beside(report.out, 'finetuned')}"
     )
 
 
@@ -188,10 +312,6 @@ def show_calibration(report: ConversionReport) -> None:
     console.note(
         f"Fine-tuning joins its schedule where the target is {made.ratio:.2f}: no step is spent on the complete model, and the rest of "
         "the ramp leads from there to --target-ratio."
-    )
-    console.note(
-        f"next: dydit finetune --model {report.out} --data DATA --target-ratio {made.target_ratio:g} --steps STEPS --out "
-        f"{Path(report.out).parent / 'finetuned'}   or at once: dydit sample --model {report.out}"
     )
 
 

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dydit_cli.cli import console, options
+from dydit_cli.cli import completing, console, options
 from dydit_cli.cli.stage import AnySection, Request
+from dydit_cli.cli.standing import warn_if_hardly_cheaper
 from dydit_cli.errors import DyditError, did_you_mean
+from dydit_cli.shell import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +37,13 @@ REPORT_SAMPLES = 10
 
 
 def demo(
-    family: Annotated[str, typer.Option(help="Which shipped model: dit, sit, latte or flux.")] = "dit",
+    family: Annotated[
+        str,
+        typer.Option(
+            help="Which shipped model: dit, sit, latte or flux.",
+            autocompletion=completing.among("dit", "sit", "latte", "flux"),
+        ),
+    ] = "dit",
     steps: Annotated[
         int | None, typer.Option(help="Training steps of both models.", show_default="the recipe's")
     ] = None,
@@ -67,6 +75,7 @@ def demo(
         return
     console.results().print(table(summary))
     console.say(f"{summary['verdict']}")
+    warn_if_hardly_cheaper(summary["models"]["dynamic"]["ratio"], None)
     console.say(f"Pictures: {summary['comparison']}")
     console.say(f"Report, for a browser: {summary['report']}")
     console.note(
@@ -75,7 +84,7 @@ def demo(
         "and noise."
     )
     console.note(
-        f"next: dydit profile --model {folder / 'dynamic'}   or, with your own model: dydit convert --help"
+        f"next: dydit profile --model {quoted(folder / 'dynamic')}   or, with your own model: dydit convert --help"
     )
 
 

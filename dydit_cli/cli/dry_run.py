@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dydit_cli.cli import console
 from dydit_cli.cli.progress import progress_bar
+from dydit_cli.shell import quoted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,7 +47,7 @@ def show(section: FinetuneSection, recipe: Recipe, as_json: bool) -> None:
     console.say(f"One batch as training sees it: {picture}")
     console.note("Nothing was trained, and nothing else was written.")
     name = str(recipe.source) if recipe.source is not None else ""
-    price = f"dydit plan {shlex.quote(name)}" if name else "dydit plan RECIPE"
+    price = f"dydit plan {quoted(name)}" if name else "dydit plan RECIPE"
     console.note(f"next: {price} says what the run takes; leave --dry-run out to start it")
 
 

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dydit_cli.cli import console, options, stage
+from dydit_cli.cli import completing, console, options, stage
 from dydit_cli.cli.launched import run_in_processes
 from dydit_cli.cli.progress import progress_bar
+from dydit_cli.cli.standing import warn_if_hardly_cheaper
 from dydit_cli.errors import DyditError
+from dydit_cli.shell import quoted
 
 if TYPE_CHECKING:
     from dydit_cli.evaluation.collecting import Progress
@@ -41,7 +43,7 @@ def evaluate(
             metavar="MODEL | FOLDER | NPZ | RECIPE | KEY=VALUE",
             help="What to evaluate (a model's folder, a folder of images or frames, an .npz archive), a recipe, and changes to it.",
             show_default=False,
-            autocompletion=options.complete_recipe,
+            autocompletion=completing.recipes,
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Folder of a model, to sample.", metavar="FOLDER")] = None,
@@ -62,6 +64,7 @@ def evaluate(
             help="Statistics (mu, sigma), an .npz, or a folder.",
             metavar="PATH",
             show_default="fashion-mnist for its network",
+            autocompletion=completing.choices("reference"),
         ),
     ] = None,
     extractor: Annotated[
@@ -70,11 +73,16 @@ def evaluate(
             help="fashion-mnist, or a local Inception weights' file; nothing is downloaded.",
             metavar="FILE",
             show_default="auto",
+            autocompletion=completing.choices("extractor"),
         ),
     ] = None,
     resize: Annotated[
         str | None,
-        typer.Option(help="Inception's input: tensorflow or pytorch-fid.", show_default="auto"),
+        typer.Option(
+            help="Inception's input: tensorflow or pytorch-fid.",
+            show_default="auto",
+            autocompletion=completing.choices("resize"),
+        ),
     ] = None,
     against: Annotated[
         str | None,
@@ -82,6 +90,7 @@ def evaluate(
             help="Static model or images to pair with, from the same seeds; `static` is the model's own weights, complete.",
             metavar="PATH",
             rich_help_panel=PAIRS,
+            autocompletion=completing.choices("against"),
         ),
     ] = None,
     yardstick_images: Annotated[
@@ -117,7 +126,12 @@ def evaluate(
     seed: Annotated[int | None, options.image_seed(rich_help_panel=SAMPLING)] = None,
     sampler: Annotated[
         str | None,
-        typer.Option(help="As in dydit sample.", show_default="ddpm or euler", rich_help_panel=SAMPLING),
+        typer.Option(
+            help="As in dydit sample.",
+            show_default="ddpm or euler",
+            rich_help_panel=SAMPLING,
+            autocompletion=completing.choices("sampler"),
+        ),
     ] = None,
     steps: Annotated[
         int | None,
@@ -166,6 +180,9 @@ def evaluate(
     request = stage.resolve(context, EvaluateSection)
     run_in_processes(context, request.section.processes)
     evaluated = evaluate_with_progress(request.section, request.recipe.to_yaml())
+    cost = evaluated.report.cost
+    if cost is not None:
+        warn_if_hardly_cheaper(cost.ratio.value, request.section.model, request.section.execution)
     if json:
         console.emit_json(evaluated.report.to_json())
     else:
@@ -279,6 +296,9 @@ def _print(evaluated: Evaluated, section: EvaluateSection) -> None:
         )
     else:
         console.say(f"Written to {section.out}: {', '.join(report.files)}")
+        console.note(
+            f"next: dydit compare {quoted(section.out)}   beside others: dydit compare FOLDER FOLDER"
+        )
 
 
 def _fail(evaluated: Evaluated) -> None:

@@ -18,6 +18,9 @@ from dydit_cli.errors import DyditError, did_you_mean
 
 USER, BUG = 2, 1
 
+LIKE_AN_OPTION = 0.6
+"""Likeness from which an option is taken for a slip in another one."""
+
 _NO_ROOM = {
     errno.ENOSPC: ("The disk is full", "Free some space or choose another folder"),
     errno.EDQUOT: ("The disk quota is used up", "Free some space or choose another folder"),
@@ -104,8 +107,11 @@ def _unknown_option(option: str, context: Any, command: str) -> Failure:
         return Failure(
             what, "It is a key of the recipe without an option of its own.", f"Write {known[option]}."
         )
-    near = did_you_mean(option, known)
-    meant = next((f"did you mean '{meant}'?" for name, meant in known.items() if f"'{name}'" in near), None)
+    # Without the dashes, which all have in common.
+    near = did_you_mean(option.strip("-"), [name.strip("-") for name in known], LIKE_AN_OPTION)
+    meant = next(
+        (f"did you mean '{meant}'?" for name, meant in known.items() if f"'{name.strip('-')}'" in near), None
+    )
     return Failure(what, "Options are spelled out in full.", meant or f"`{command} --help` lists them.")
 
 

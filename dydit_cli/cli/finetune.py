@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -13,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dydit_cli.cli import console, options, stage
+from dydit_cli.cli import completing, console, options, stage
 from dydit_cli.cli.launched import run_in_processes
 from dydit_cli.cli.progress import progress_bar
+from dydit_cli.cli.standing import HARDLY_CHEAPER, next_stage
+from dydit_cli.shell import quoted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,7 +35,6 @@ EXAMPLES = (
 
 TERMINATED = 143
 TOLERANCE = 0.02
-HARDLY_CHEAPER = 0.97
 SCHEDULE, OPTIMISER, PLACE = "Schedule", "Optimiser", "Where and how often"
 
 
@@ -48,6 +48,7 @@ def finetune(
             help="Image folder, IDX folder, .npz, ready latents, or fashion-mnist-subset; folder of videos or "
             "moving-fashion-mnist for a video model.",
             metavar="PATH|NAME",
+            autocompletion=completing.choices("data"),
         ),
     ] = None,
     target_ratio: Annotated[
@@ -80,6 +81,7 @@ def finetune(
             help="gumbel (the paper) or annealed (noise on masks falls to nothing).",
             show_default="gumbel",
             rich_help_panel=SCHEDULE,
+            autocompletion=completing.choices("gating"),
         ),
     ] = None,
     method: Annotated[
@@ -88,6 +90,7 @@ def finetune(
             help="full (all weights), lora or td-lora (adapters beside the routers; less memory).",
             show_default="full",
             rich_help_panel=OPTIMISER,
+            autocompletion=completing.choices("method"),
         ),
     ] = None,
     lora_rank: Annotated[
@@ -116,7 +119,13 @@ def finetune(
     ] = None,
     device: Annotated[str | None, options.device(rich_help_panel=PLACE)] = None,
     mixed_precision: Annotated[
-        str | None, typer.Option(help="no, bf16 or fp16.", show_default="no", rich_help_panel=PLACE)
+        str | None,
+        typer.Option(
+            help="no, bf16 or fp16.",
+            show_default="no",
+            rich_help_panel=PLACE,
+            autocompletion=completing.choices("mixed_precision"),
+        ),
     ] = None,
     processes: Annotated[
         int | None,
@@ -164,14 +173,15 @@ def finetune(
         return
     run_in_processes(context, request.section.processes)
     result = finetune_with_progress(request.section, request.recipe)
+    for warning in judgement(result):
+        console.warn(warning)
     if json:
         console.emit_json(result.as_dict())
         return
     console.results().print(summary(result))
     console.say(f"Written to {result.out}.")
-    for warning in judgement(result):
-        console.warn(warning)
-    console.note(f"next: dydit profile --model {shlex.quote(str(result.out))}")
+    following = next_stage(request.recipe, result.out, ("profile",))
+    console.note(f"next: {following or f'dydit profile --model {quoted(result.out)}'}")
 
 
 def finetune_with_progress(section: FinetuneSection, recipe: Recipe | None = None) -> FinetuneResult:
@@ -270,7 +280,7 @@ def stop_requests() -> Iterator[StopRequest]:
 
 def leave(run: FineTuning, section: FinetuneSection, request: StopRequest) -> None:
     """Say how to go on after a stop, and stop."""
-    recipe = shlex.quote(str(Path(section.out) / "recipe.yaml"))
+    recipe = quoted(Path(section.out) / "recipe.yaml")
     console.note(f"Stopped after step {run.done} of {section.steps}; a checkpoint was written.")
     console.note(f"next: dydit finetune {recipe} --resume")
     if request.signal == signal.SIGINT:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dydit_cli.cli import console, options
+from dydit_cli.cli import completing, console, options
+from dydit_cli.cli.standing import warn_if_hardly_cheaper
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,6 +22,7 @@ EXAMPLES = (
     "dydit inspect flux1-dev.safetensors --json",
     "dydit inspect runs/trained",
     "dydit inspect my_lora.safetensors",
+    "dydit inspect facebook/DiT-XL-2-256",
 )
 
 GROUPS_SHOWN = 8
@@ -30,9 +33,10 @@ def inspect(
     path: Annotated[
         str,
         typer.Argument(
-            help="A checkpoint, an adapter, a folder that dydit or diffusers wrote, or builtin:NAME.",
-            metavar="PATH",
+            help="A checkpoint, an adapter, a folder that dydit or diffusers wrote, builtin:NAME, or owner/name of the Hub.",
+            metavar="PATH | NAME",
             show_default=False,
+            autocompletion=completing.builtin_checkpoints,
         ),
     ],
     num_heads: options.NumHeads = None,
@@ -44,6 +48,8 @@ def inspect(
     artifact; and the command that goes on from here. Reads headers, configurations and manifests, no weights.
     """
     from dydit_cli.checkpoints.builtin import PREFIX, builtin_models, builtin_path
+    from dydit_cli.checkpoints.hub import is_repository
+    from dydit_cli.checkpoints.locating import glimpsed
     from dydit_cli.families.family import Hints
     from dydit_cli.inspection.inspect import inspect as run
 
@@ -55,6 +61,9 @@ def inspect(
         said = config if isinstance(config, dict) else {}
         hints = Hints(heads or said.get("num_heads"), axes_dims_rope=_axes(said))
         found = run(place, hints, named=path, family=str(facts.get("family")))
+    elif is_repository(path):
+        with glimpsed(path, console.note) as place:
+            found = _of_the_hub(run(place, Hints(heads), named=path), str(place), path)
     else:
         found = run(Path(path).expanduser(), Hints(heads))
     if json:
@@ -63,12 +72,23 @@ def inspect(
         console.results().print(table(found))
     for note in found.notes:
         console.note(note)
+    if found.routers is not None and found.facts.get("ratio") is not None:
+        warn_if_hardly_cheaper(found.facts["ratio"], found.path)
     if found.problem is not None:
         console.warn(found.problem["what"])
         console.note(f"  why: {found.problem['why']}")
         console.note(f"  fix: {found.problem['fix']}")
     elif found.next is not None:
         console.note(f"next: {found.next}")
+
+
+def _of_the_hub(found: Inspection, place: str, name: str) -> Inspection:
+    """What was found in the stand-in of a repository, under the repository's name."""
+    return replace(
+        found,
+        path=found.path.replace(place, name),
+        next=None if found.next is None else found.next.replace(place, name),
+    )
 
 
 def _axes(said: dict[str, object]) -> tuple[int, ...] | None:
@@ -187,6 +207,8 @@ def _routers(found: Inspection) -> str:
     routers = found.routers
     if routers is None:
         return "none: a static model" if found.layout != "dydit" else "none: a pruned model, which is static"
+    if routers.baked_steps is not None:
+        return f"of tokens alone; widths are baked for {routers.baked_steps} steps"
     whose = "of the paper's authors, " if routers.origin == "authors" else ""
     first = "most important unit always on" if routers.always_on else "no unit always on"
     told = (

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dydit_cli.cli import console
 from dydit_cli.cli.progress import progress_bar
+from dydit_cli.shell import quoted
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,7 @@ def measure(
         return
     _show(table)
     console.say(f"Written to {file}.")
-    console.note(f"next: dydit finetune RECIPE target=latency latency_table={file}")
+    console.note(f"next: dydit finetune RECIPE target=latency latency_table={quoted(file)}")
 
 
 def check(settings: BenchSettings, device: torch.device, file: Path, as_json: bool) -> None:

@@ -14,13 +14,7 @@ from typing import Annotated
 
 import typer
 
-
-def complete_recipe(incomplete: str) -> list[str]:
-    """Offer the built-in names to the shell; it completes file names by itself."""
-    from dydit_cli.recipe.builtin import builtin_recipes
-
-    return [recipe.name for recipe in builtin_recipes() if recipe.name.startswith(incomplete)]
-
+from dydit_cli.cli import completing
 
 RecipeArguments = Annotated[
     list[str] | None,
@@ -28,7 +22,7 @@ RecipeArguments = Annotated[
         metavar="RECIPE | KEY=VALUE",
         help="A recipe (a YAML file or a built-in name) and changes to it; both may be left out.",
         show_default=False,
-        autocompletion=complete_recipe,
+        autocompletion=completing.recipes,
     ),
 ]
 """The positional arguments of a stage command; the parameter must be called ``arguments``."""
@@ -37,6 +31,14 @@ AsJson = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON on stdout; all else goes to stderr.")
 ]
 """The option of every command; its parameter is called ``json``."""
+
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Say what would be read, written and needed, after every check; do nothing."
+    ),
+]
+"""Of stages whose work can be foreseen; its parameter is called ``dry_run``."""
 
 Out = Annotated[Path | None, typer.Option(help="Folder to write.")]
 """Where a stage writes, if it always does."""
@@ -72,14 +74,27 @@ AxesDimsRope = Annotated[
 ]
 """A hint on a FLUX checkpoint."""
 
-device = partial(typer.Option, help="auto, cpu, cuda or cuda:N.", show_default="auto")
+device = partial(
+    typer.Option,
+    help="auto, cpu, cuda, cuda:N or mps.",
+    show_default="auto",
+    autocompletion=completing.choices("device"),
+)
 """Where a stage computes; a str."""
 
-dtype = partial(typer.Option, help="float32, bfloat16 or float16.", show_default="float32")
+dtype = partial(
+    typer.Option,
+    help="float32, bfloat16 or float16.",
+    show_default="float32",
+    autocompletion=completing.among("float32", "bfloat16", "float16"),
+)
 """The type of weights and activations; a str."""
 
 execution = partial(
-    typer.Option, help="compact, dense, or static (the complete model).", show_default="compact"
+    typer.Option,
+    help="compact, dense, or static (the complete model).",
+    show_default="compact",
+    autocompletion=completing.among("compact", "dense", "static"),
 )
 """How masks become arithmetic where a model is sampled; a str."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dydit_cli.cli import console, options, stage
+from dydit_cli.cli import completing, console, options, stage
+from dydit_cli.shell import quoted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,6 +20,7 @@ EXAMPLES = (
     "dydit plan flux1-dev.safetensors",
     "dydit plan flux1-dev.safetensors --target-ratio 0.7 --json",
     "dydit plan DiT-XL-2-256x256.pt --family dit",
+    "dydit plan black-forest-labs/FLUX.1-schnell",
     "dydit plan dit-xl-2-256/full batch_size=64",
     "dydit plan mine.yaml --json",
 )
@@ -27,13 +30,16 @@ def plan(
     arguments: Annotated[
         list[str],
         typer.Argument(
-            metavar="FILE | RECIPE [KEY=VALUE]",
-            help="A checkpoint (.pt, .safetensors or folder), or a recipe (a YAML file or a built-in name) with changes to it.",
+            metavar="FILE | NAME | RECIPE [KEY=VALUE]",
+            help="A checkpoint (.pt, .safetensors, folder, builtin:NAME, or owner/name of the Hub), or a recipe (a YAML file or a built-in "
+            "name) with changes to it.",
             show_default=False,
-            autocompletion=options.complete_recipe,
+            autocompletion=completing.recipes,
         ),
     ],
-    family: Annotated[str, typer.Option(help="Name of the family, or auto.")] = "auto",
+    family: Annotated[
+        str, typer.Option(help="Name of the family, or auto.", autocompletion=completing.choices("family"))
+    ] = "auto",
     target_ratio: Annotated[
         float | None,
         typer.Option(
@@ -46,11 +52,18 @@ def plan(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="Recipe: the model's published size, where its checkpoint is not here.", metavar="NAME"
+            help="Recipe: the model's published size, where its checkpoint is not here.",
+            metavar="NAME",
+            autocompletion=completing.choices("preset"),
         ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Recipe: where it would train.", show_default="the recipe's")
+        str | None,
+        typer.Option(
+            help="Recipe: where it would train.",
+            show_default="the recipe's",
+            autocompletion=completing.choices("device"),
+        ),
     ] = None,
     measure: Annotated[
         bool,
@@ -60,8 +73,9 @@ def plan(
 ) -> None:
     """Price a conversion, or the run of a recipe, before it is started.
 
-    Of a checkpoint, reads names and shapes, no weights: seconds for a file of any size. Prints the parameters that routers
-    add, the multiply-accumulates at the target ratio, and what conversion and fine-tuning take of disk and memory.
+    Of a checkpoint, reads names and shapes, no weights, also of one on the Hub: seconds for a file of any size.
+    Prints the parameters that routers add, the multiply-accumulates at the target ratio, and what conversion and
+    fine-tuning take of disk and memory.
 
     Of a recipe, prints what its fine-tuning trains, needs of memory and disk, and how long it takes: from two steps made
     here where they can be made, and else from an estimate that says so.
@@ -74,12 +88,8 @@ def plan(
         plan_recipe(recipe, overrides, given, preset=preset, measure=measure, as_json=json)
         return
     checkpoint = _checkpoint(recipe, overrides)
-    from dydit_cli.checkpoints import open_checkpoint
-    from dydit_cli.conversion.pricing import price
-    from dydit_cli.families.family import Hints
-
-    hints = Hints(num_heads, num_groups, _numbers(axes_dims_rope))
-    found = price(open_checkpoint(checkpoint.expanduser()), family=family, hints=hints, ratio=target_ratio)
+    hints = (num_heads, num_groups, _numbers(axes_dims_rope))
+    found = price_of(checkpoint, family, hints, target_ratio)
     if json:
         console.emit_json(found.as_json())
         return
@@ -88,7 +98,46 @@ def plan(
         "Memory is that of weights, gradients, optimiser and moving average; activations come on top."
     )
     if not found.dynamic:
-        console.note(f"next: dydit convert --checkpoint {checkpoint} --family {found.family} --out runs/c")
+        console.note(
+            f"next: dydit convert --checkpoint {quoted(checkpoint)} --family {found.family} --out runs/c"
+        )
+
+
+def price_of(
+    checkpoint: str,
+    family: str,
+    hints: tuple[int | None, int | None, tuple[int, ...] | None],
+    ratio: float | None,
+) -> Price:
+    """Price a checkpoint by its path, ``builtin:NAME``, or repository of the Hub, of which headers alone are fetched.
+
+    Args:
+        checkpoint: As `dydit convert` takes it.
+        family: Name of the family, or auto.
+        hints: Heads, channel groups and rotary axes, where they are given.
+        ratio: Target of fine-tuning.
+    """
+    from dydit_cli.checkpoints import open_checkpoint
+    from dydit_cli.checkpoints.builtin import PREFIX, builtin_models
+    from dydit_cli.checkpoints.locating import glimpsed
+    from dydit_cli.conversion.pricing import price
+    from dydit_cli.families.family import Hints
+
+    heads, groups, axes = hints
+    sizes: dict[str, int] = {}
+    if checkpoint.startswith(PREFIX):
+        facts = builtin_models().get(checkpoint.removeprefix(PREFIX)) or {}
+        config = facts.get("config")
+        said = config if isinstance(config, dict) else {}
+        heads = heads or said.get("num_heads")
+        axes = axes or (tuple(said["axes_dims_rope"]) if "axes_dims_rope" in said else None)
+        family = str(facts.get("family", family)) if family == "auto" else family
+        sizes = {name: said[name] for name in ("sample_size", "text_tokens") if name in said}
+    with glimpsed(checkpoint, console.note) as path:
+        found = price(
+            open_checkpoint(path), family=family, hints=Hints(heads, groups, axes), ratio=ratio, sizes=sizes
+        )
+    return replace(found, path=checkpoint)
 
 
 def _is_recipe(name: str) -> bool:
@@ -100,7 +149,7 @@ def _is_recipe(name: str) -> bool:
     return not Path(name).exists() and name in {recipe.name for recipe in builtin_recipes()}
 
 
-def _checkpoint(name: str | None, overrides: list[str]) -> Path:
+def _checkpoint(name: str | None, overrides: list[str]) -> str:
     """The checkpoint that is meant.
 
     Raises:
@@ -114,7 +163,31 @@ def _checkpoint(name: str | None, overrides: list[str]) -> Path:
             why="Keys change a recipe, which was not named.",
             fix="Name a recipe before them, as in `dydit plan dit-xl-2-256/full batch_size=64`.",
         )
-    return Path(name)
+    _refuse_near_recipe(name)
+    return name
+
+
+def _refuse_near_recipe(name: str) -> None:
+    """A slip in a recipe's name is not looked for on the Hub.
+
+    Raises:
+        DyditError: With the name that is meant.
+    """
+    from difflib import get_close_matches
+
+    from dydit_cli.checkpoints.hub import EXPLICIT, is_repository
+    from dydit_cli.errors import DyditError
+    from dydit_cli.recipe.builtin import builtin_recipes
+
+    if name.startswith(EXPLICIT) or not is_repository(name):
+        return
+    near = get_close_matches(name, [recipe.name for recipe in builtin_recipes()], n=1, cutoff=0.8)
+    if near:
+        raise DyditError(
+            f"There is neither a checkpoint nor a recipe called {name}.",
+            why="No file or folder is called so, and no built-in recipe.",
+            fix=f"did you mean '{near[0]}'? A repository of the Hub is named {EXPLICIT}{name}.",
+        )
 
 
 def table(found: Price) -> Table:
@@ -122,9 +195,8 @@ def table(found: Price) -> Table:
     from rich.table import Table
 
     params, gmacs, sizes = found.params, found.gmacs, found.bytes
-    stored = f", stored as {found.quantisation}" if found.quantisation else ""
     rows = [
-        ("model", f"{found.family}, {_blocks(found)} of {found.geometry['hidden_size']} channels{stored}"),
+        ("model", model_words(found)),
         (
             "units",
             f"{found.geometry['num_heads']} heads and {found.geometry['num_groups']} channel groups a block",
@@ -164,6 +236,12 @@ def table(found: Price) -> Table:
     for row in rows:
         grid.add_row(*row)
     return grid
+
+
+def model_words(found: Price) -> str:
+    """Family and size of a checkpoint."""
+    stored = f", stored as {found.quantisation}" if found.quantisation else ""
+    return f"{found.family}, {_blocks(found)} of {found.geometry['hidden_size']} channels{stored}"
 
 
 def _blocks(found: Price) -> str:

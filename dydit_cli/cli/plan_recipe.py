@@ -11,6 +11,7 @@ from dydit_cli.cli import console
 from dydit_cli.cli.plan import size
 from dydit_cli.cli.progress import progress_bar
 from dydit_cli.errors import DyditError
+from dydit_cli.shell import quoted
 
 if TYPE_CHECKING:
     import torch
@@ -65,10 +66,11 @@ def plan_recipe(
     console.results().print(table(section, plan, pace, model))
     for warning in warnings:
         console.warn(warning)
+    words = " ".join(quoted(word) for word in (name, *overrides))
     if not Path(section.model).exists():
-        console.note(f"next: dydit convert {name}")
+        console.note(f"next: dydit convert {words}")
     else:
-        console.note(f"next: dydit finetune {name} --dry-run")
+        console.note(f"next: dydit finetune {words} --dry-run")
 
 
 def table(section: FinetuneSection, plan: RunPlan, pace: Pace, model: Outlook) -> Table:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dydit_cli.cli import console, options, stage
+from dydit_cli.cli import completing, console, foresight, options, stage
 from dydit_cli.cli.progress import progress_bar
+from dydit_cli.cli.stage import Request
+from dydit_cli.cli.standing import beside, next_stage
+from dydit_cli.shell import quoted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,6 +39,7 @@ def prepare(
             help="Pictures: a folder with captions or class folders, webdataset tars, IDX files, or fashion-mnist-subset.",
             metavar="PATH|NAME",
             rich_help_panel=WHAT,
+            autocompletion=completing.choices("data"),
         ),
     ] = None,
     prompts: Annotated[
@@ -121,7 +124,10 @@ def prepare(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Of text encoders and stored texts.", show_default="float32", rich_help_panel=PLACE
+            help="Of text encoders and stored texts.",
+            show_default="float32",
+            rich_help_panel=PLACE,
+            autocompletion=completing.choices("dtype"),
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write.", rich_help_panel=PLACE)] = None,
@@ -143,6 +149,7 @@ def prepare(
             rich_help_panel=PLACE,
         ),
     ] = None,
+    dry_run: options.DryRun = False,
     json: options.AsJson = False,
 ) -> None:
     """Encode pictures and captions once, before training.
@@ -153,6 +160,9 @@ def prepare(
     from dydit_cli.recipe.schema import PrepareSection
 
     request = stage.resolve(context, PrepareSection)
+    if dry_run:
+        foresight.show(_foreseen(request.section), context, request.recipe.to_yaml(), as_json=json)
+        return
     report = prepare_with_progress(request.section, request.recipe.to_yaml())
     if json:
         from dataclasses import asdict
@@ -162,11 +172,62 @@ def prepare(
     console.results().print(summary(report))
     console.say(f"Written to {report.out}.")
     if report.left_out:
-        what = "caption" if report.kind == "texts" else "class"
-        console.warn(
-            f"{report.left_out:,} pictures were left out: they have no {what}, or lie beyond --limit."
-        )
-    console.note(f"next: dydit finetune --model MODEL --data {shlex.quote(report.out)} --out runs/t")
+        console.warn(_left_out(report.left_out, report.kind == "texts"))
+    console.note(f"next: {next_command(request)}")
+
+
+def _foreseen(section: PrepareSection) -> foresight.Foresight:
+    """What `--dry-run` shows."""
+    from dydit_cli.cli.plan import size
+    from dydit_cli.preparation.foresight import foresee
+
+    with progress_bar() as progress:
+        progress.add_task("looking for pictures", total=None)
+        seen = foresee(section)
+    reads = [("prompts" if seen.kind == "drawings" else "pictures", seen.source)]
+    if section.pipeline is not None:
+        reads.append(("pipeline", f"{section.pipeline}, its text encoders and autoencoder"))
+    elif section.vae is not None:
+        reads.append(("autoencoder", section.vae))
+    made = f"{seen.samples:,} of {seen.channels} channels" + (
+        f", {seen.done:,} of them by an earlier run" if seen.done else ""
+    )
+    told = f"{seen.texts:,} distinct" if section.pipeline is not None else f"{len(seen.classes)} classes"
+    makes = [
+        ("latents", made),
+        ("captions" if section.pipeline is not None else "labels", told),
+        ("sizes in pixels", _sizes(seen.sizes)),
+    ]
+    if seen.text_bytes:
+        makes.append(("of which texts", f"{size(seen.text_bytes)}, in {section.dtype}"))
+    return foresight.Foresight(
+        reads=reads,
+        makes=makes,
+        out=section.out,
+        nbytes=seen.latent_bytes + seen.text_bytes,
+        memory=max(seen.encoder_bytes, seen.transformer_bytes) or None,
+        facts=seen.as_json(),
+        warnings=[_left_out(seen.left_out, section.pipeline is not None)] if seen.left_out else [],
+    )
+
+
+def _left_out(count: int, texts: bool) -> str:
+    return f"{count:,} pictures are left out: they have no {'caption' if texts else 'class'}, or lie beyond --limit."
+
+
+def _sizes(sizes: dict[str, int]) -> str:
+    """Samples by size, the commonest first."""
+    told = [f"{size} ({count:,})" for size, count in sorted(sizes.items(), key=lambda item: -item[1])]
+    rest = f" and {len(told) - SHOWN_SIZES} more" if len(told) > SHOWN_SIZES else ""
+    return ", ".join(told[:SHOWN_SIZES]) + rest
+
+
+def next_command(request: Request[PrepareSection]) -> str:
+    """The command that goes on from a cache: the recipe's own next stage, or a fine-tuning on it."""
+    out = request.section.out
+    if following := next_stage(request.recipe, out, ("convert", "finetune")):
+        return following
+    return f"dydit finetune --model MODEL --data {quoted(out)} --steps 50000 --out {beside(out, 'finetuned')}"
 
 
 def prepare_with_progress(section: PrepareSection, recipe_yaml: str | None = None) -> PrepareReport:
@@ -198,8 +259,6 @@ def summary(report: PrepareReport) -> Table:
         table.add_row("captions", f"{report.texts:,} distinct")
     else:
         table.add_row("classes", f"{len(report.classes)}")
-    sizes = [f"{size} ({count:,})" for size, count in sorted(report.sizes.items(), key=lambda item: -item[1])]
-    rest = f" and {len(sizes) - SHOWN_SIZES} more" if len(sizes) > SHOWN_SIZES else ""
-    table.add_row("sizes in pixels", ", ".join(sizes[:SHOWN_SIZES]) + rest)
+    table.add_row("sizes in pixels", _sizes(report.sizes))
     table.add_row("on disk", f"{report.nbytes / 1e6:,.1f} MB")
     return table

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dydit_cli.cli import console, options, stage
+from dydit_cli.cli import completing, console, options, stage
 from dydit_cli.cli.progress import progress_bar
+from dydit_cli.cli.standing import beside, warn_if_hardly_cheaper
 from dydit_cli.errors import DyditError
+from dydit_cli.shell import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -59,13 +60,19 @@ def profile(
         typer.Option(help="Folder of a converted, fine-tuned or exported model.", metavar="FOLDER"),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="A published size instead, such as dit-xl/2: the static model.")
+        str | None,
+        typer.Option(
+            help="A published size instead, such as dit-xl/2: the static model.",
+            autocompletion=completing.choices("preset"),
+        ),
     ] = None,
     budget: Annotated[float | None, options.budget()] = None,
     data: Annotated[
         str | None,
         typer.Option(
-            help="Held-out samples that the token routers see.", show_default="what the model was trained on"
+            help="Held-out samples that the token routers see.",
+            show_default="what the model was trained on",
+            autocompletion=completing.choices("data"),
         ),
     ] = None,
     images: Annotated[int | None, typer.Option(help="Held-out samples.", show_default="1000")] = None,
@@ -156,6 +163,8 @@ def profile(
         if request.section.report is not None:
             console.say(f"Report: {request.section.report}")
     _say_how(found, request.section)
+    if request.section.preset is None:
+        warn_if_hardly_cheaper(found.ratio, None)
     console.note(f"next: {_next_command(found, request.section)}")
 
 
@@ -483,8 +492,9 @@ def _next_command(report: ProfileReport, section: ProfileSection) -> str:
     missing = family_named(report.model["family"]).missing
     if "dydit sample" in missing:
         return missing["dydit sample"]
-    model = shlex.quote(str(section.model))
+    folder = str(section.model)
+    model = quoted(folder)
     if report.ratio > 0.9999:  # untrained routers keep everything
-        return f"dydit finetune --model {model} --data DATA --steps STEPS --target-ratio 0.5 --out runs/finetuned"
+        return f"dydit finetune --model {model} --data DATA --steps 50000 --target-ratio 0.5 --out {beside(folder, 'finetuned')}"
     what = "--prompt PROMPT --pipeline PIPELINE" if "text_tokens" in report.model else "--num-images 8"
-    return f"dydit sample --model {model} {what} --out runs/samples"
+    return f"dydit sample --model {model} {what} --out {beside(folder, 'samples')}"

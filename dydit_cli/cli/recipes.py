@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dydit_cli.cli import console, options
+from dydit_cli.cli import completing, console, options
 from dydit_cli.cli.help_text import examples
 from dydit_cli.errors import DyditError
+from dydit_cli.shell import quoted
 
 if TYPE_CHECKING:
     from dydit_cli.recipe.loading import Recipe
@@ -27,7 +28,7 @@ app = typer.Typer(help="List, show, copy and validate recipes.", rich_markup_mod
 BuiltinName = Annotated[
     str,
     typer.Argument(
-        help="A name that `dydit recipes list` shows.", autocompletion=options.complete_recipe, metavar="NAME"
+        help="A name that `dydit recipes list` shows.", autocompletion=completing.recipe_names, metavar="NAME"
     ),
 ]
 
@@ -36,7 +37,7 @@ RecipeName = Annotated[
     str,
     typer.Argument(
         help="A YAML file, or a name that `dydit recipes list` shows.",
-        autocompletion=options.complete_recipe,
+        autocompletion=completing.recipe_names,
         metavar="NAME",
     ),
 ]
@@ -114,7 +115,7 @@ def copy(
         console.emit_json({"name": recipe.name, "copied_to": target})
     else:
         console.say(f"copied to {target}")
-    console.note(f"next: edit it, then dydit recipes validate {target}")
+    console.note(f"next: edit it, then dydit recipes validate {quoted(target)}")
 
 
 @app.command(epilog=examples(("dydit recipes validate my.yaml",)))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dydit_cli.cli import console, options, stage
+from dydit_cli.cli import completing, console, options, stage
 from dydit_cli.cli.launched import run_in_processes
 from dydit_cli.cli.progress import progress_bar
+from dydit_cli.cli.standing import beside, warn_if_hardly_cheaper
 from dydit_cli.processes.environment import is_launched
+from dydit_cli.shell import quoted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -70,6 +71,7 @@ def sample(
             help="DiT: ddpm, ddim, dpm++. SiT: euler, heun, dopri5, sde. FLUX: euler.",
             show_default="ddpm or euler",
             rich_help_panel=SAMPLER,
+            autocompletion=completing.choices("sampler"),
         ),
     ] = None,
     steps: Annotated[
@@ -94,6 +96,7 @@ def sample(
             help="original (DiT and SiT three, Latte four), first3, or all (as diffusers' pipelines).",
             show_default="original",
             rich_help_panel=SAMPLER,
+            autocompletion=completing.choices("guidance_channels"),
         ),
     ] = None,
     execution: Annotated[str | None, options.execution(rich_help_panel=MODEL)] = None,
@@ -147,6 +150,7 @@ def sample(
             metavar="NAME,NAME,…",
             show_default="mp4,gif,grid",
             rich_help_panel=VIDEO,
+            autocompletion=completing.choices("video_formats"),
         ),
     ] = None,
     fps: Annotated[
@@ -172,6 +176,7 @@ def sample(
     report = sample_with_progress(request.section, request.recipe.to_yaml())
     if report.kind == "latents":
         console.warn(f"the model makes latents, and no --vae was given: {report.out} holds no pictures.")
+    warn_if_hardly_cheaper(report.trajectory_ratio, request.section.model, report.execution)
     if json:
         from dataclasses import asdict
 
@@ -228,7 +233,8 @@ def summary(report: SampleReport) -> Table:
 
 
 def _next_command(section: SampleSection, report: SampleReport) -> str:
-    model = shlex.quote(str(section.model))
+    model = quoted(section.model)
     if report.kind == "latents":
-        return f"dydit sample --model {model} --vae VAE --seed {section.seed} --out OUT"
-    return f"dydit export --model {model} --format diffusers --out OUT"
+        pictures = beside(section.out, f"{section.out.name}-pictures")
+        return f"dydit sample --model {model} --vae VAE --num-images {section.num_images} --seed {section.seed} --out {pictures}"
+    return f"dydit export --model {model} --format diffusers --out {beside(section.out, 'export')}"

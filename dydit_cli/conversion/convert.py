@@ -16,7 +16,7 @@ from dydit_cli.artifacts.writing import refuse_existing
 from dydit_cli.checkpoints import Checkpoint, open_checkpoint
 from dydit_cli.checkpoints.builtin import PREFIX, builtin_models
 from dydit_cli.checkpoints.lazy import lazily
-from dydit_cli.checkpoints.locating import located
+from dydit_cli.checkpoints.locating import located, terms_of_name
 from dydit_cli.conversion.calibration import (
     Calibration,
     calibrate_folder,
@@ -437,7 +437,8 @@ def _read(checkpoint: str | Path | Checkpoint, hints: Hints, say: Progress) -> t
     """Read a checkpoint; what is known of a shipped one fills in what its user did not say."""
     if isinstance(checkpoint, Checkpoint):
         return checkpoint, hints
-    opened = open_checkpoint(located(checkpoint, lambda what: say(what, 0, 1)))
+    place = located(checkpoint, lambda what: say(what, 0, 1))
+    opened = replace(open_checkpoint(place), terms=terms_of_name(checkpoint, place))
     config = _builtin_config(checkpoint)
     heads = hints.num_heads or config.get("num_heads")
     axes = hints.axes_dims_rope or config.get("axes_dims_rope")
@@ -489,6 +490,7 @@ def _report(
             "quantisation": read.quantisation,
             "tensors": len(read.tensors),
             "dtypes": dtypes_of(read),
+            "terms": read.terms.as_json(),
         },
         geometry=asdict(model.geometry),
         params={"static": total - routers, "routers": routers, "total": total},

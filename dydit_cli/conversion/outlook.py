@@ -10,7 +10,8 @@ from typing import Any
 
 from dydit_cli.checkpoints import open_checkpoint
 from dydit_cli.checkpoints.builtin import PREFIX, builtin_models
-from dydit_cli.checkpoints.locating import located
+from dydit_cli.checkpoints.hub import is_repository
+from dydit_cli.checkpoints.locating import glimpsed
 from dydit_cli.conversion.convert import choose_family
 from dydit_cli.errors import DyditError
 from dydit_cli.families.family import Family, Hints
@@ -72,7 +73,9 @@ def outlook(section: ConvertSection | None, recipe_name: str, preset: str | None
 
 
 def _is_there(checkpoint: str) -> bool:
-    return checkpoint.startswith(PREFIX) or Path(checkpoint).expanduser().exists()
+    return (
+        checkpoint.startswith(PREFIX) or Path(checkpoint).expanduser().exists() or is_repository(checkpoint)
+    )
 
 
 def _from_header(section: ConvertSection) -> Outlook:
@@ -85,10 +88,11 @@ def _from_header(section: ConvertSection) -> Outlook:
     hints = Hints(
         section.num_heads or known.get("num_heads"), section.num_groups, tuple(axes) if axes else None
     )
-    checkpoint = open_checkpoint(located(section.checkpoint))
     name = str(facts.get("family", "auto")) if section.family == "auto" else section.family
-    family = choose_family(checkpoint, name)
-    source = family.read(checkpoint.tensors, replace(hints, config={**checkpoint.config, **hints.config}))
+    with glimpsed(section.checkpoint) as path:
+        checkpoint = open_checkpoint(path)
+        family = choose_family(checkpoint, name)
+        source = family.read(checkpoint.tensors, replace(hints, config={**checkpoint.config, **hints.config}))
     accepted = signature(family.model_class.__init__).parameters
     sizes: dict[str, Any] = {
         key: known[key] for key in ("sample_size", "text_tokens") if key in known and key in accepted

@@ -8,6 +8,7 @@ batch, resolution and checkpointing, are not in it.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -112,7 +113,12 @@ class Price:
 
 
 def price(
-    checkpoint: Checkpoint, *, family: str = "auto", hints: Hints | None = None, ratio: float | None = None
+    checkpoint: Checkpoint,
+    *,
+    family: str = "auto",
+    hints: Hints | None = None,
+    ratio: float | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> Price:
     """Price a checkpoint that `open_checkpoint` opened.
 
@@ -121,6 +127,7 @@ def price(
         family: Name of its family, or ``auto`` where the file alone decides.
         hints: What the file cannot say.
         ratio: λ, the target of fine-tuning; by default 0.5, or the least possible where that is more.
+        sizes: ``sample_size`` and ``text_tokens`` that it is priced at, where no tensor tells them.
 
     Raises:
         DyditError: If the file is of no known family or does not fit it, or the ratio cannot be reached.
@@ -134,6 +141,7 @@ def price(
     chosen = choose_family(checkpoint, family)
     given = hints or Hints()
     source = chosen.read(checkpoint.tensors, replace(given, config=given.config or checkpoint.config))
+    source = replace(source, config={**source.config, **(sizes or {})})
     all_specs = lazily(source.tensors).specs
     with torch.device("meta"):
         model = chosen.model_class(**source.config)

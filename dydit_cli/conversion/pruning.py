@@ -8,7 +8,6 @@ ranking over all layers can empty a block. The widths stand block by block in th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -24,6 +23,7 @@ from dydit_cli.dynamic.geometry import Geometry
 from dydit_cli.errors import DyditError
 from dydit_cli.execution import BlockWidth, DynamicBlock, Executor, Modulation, StaticExecutor
 from dydit_cli.execution.interface import attention_with, mlp_with, modulate
+from dydit_cli.families.cutting import cut_model
 from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.families.family import Family, Source
 from dydit_cli.flops import macs_of
@@ -131,34 +131,10 @@ def _best(scores: Tensor, count: int) -> Tensor:
     return scores.sort(descending=True, stable=True).indices[:count].sort().values
 
 
-@torch.no_grad()
 def prune_model(family: Family, source: Source, pruning: Pruning) -> DynamicModel:
     """The static model that is left, in fp32 and eval mode: rows and columns of the other units are gone."""
-    config = {**source.config, "block_heads": pruning.block_heads, "block_hidden": pruning.block_hidden}
-    model = family.model_class(**config)
-    state = {key: tensor.float() for key, tensor in source.tensors.items()}
-    for block, (heads, channels) in enumerate(zip(pruning.heads, pruning.channels, strict=True)):
-        state |= _cut(state, f"blocks.{block}.", heads, channels, model.geometry.head_dim)
-    orders = {name: tensor for name, tensor in model.state_dict().items() if name.endswith("_order")}
-    model.load_state_dict(state | orders)
-    return model.eval()
-
-
-def _cut(
-    state: Mapping[str, Tensor], prefix: str, heads: Tensor, channels: Tensor, head_dim: int
-) -> dict[str, Tensor]:
-    """What is left of a block's weights, by key."""
-    inner = (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
-    width = state[f"{prefix}attn.proj.weight"].shape[1]
-    rows = torch.cat([inner + part * width for part in range(3)])
-    return {
-        f"{prefix}attn.qkv.weight": state[f"{prefix}attn.qkv.weight"][rows],
-        f"{prefix}attn.qkv.bias": state[f"{prefix}attn.qkv.bias"][rows],
-        f"{prefix}attn.proj.weight": state[f"{prefix}attn.proj.weight"][:, inner],
-        f"{prefix}mlp.fc1.weight": state[f"{prefix}mlp.fc1.weight"][channels],
-        f"{prefix}mlp.fc1.bias": state[f"{prefix}mlp.fc1.bias"][channels],
-        f"{prefix}mlp.fc2.weight": state[f"{prefix}mlp.fc2.weight"][:, channels],
-    }
+    tensors = {key: tensor.float() for key, tensor in source.tensors.items()}
+    return cut_model(family.model_class, source.config, tensors, pruning.heads, pruning.channels)
 
 
 class KeptUnits(StaticExecutor):

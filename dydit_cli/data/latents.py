@@ -161,7 +161,7 @@ def read_npy(path: Path, geometry: SampleGeometry) -> Latents:
             path, f"A .npy file holds one array and nothing else, and there is no {beside.name} beside it"
         )
     try:
-        stated = json.loads(beside.read_text())
+        stated = json.loads(beside.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DyditError(
             f"{beside} cannot be read.",

@@ -31,7 +31,7 @@ def parse_spec(spec: str | Path) -> DataSpec:
     """
     text = str(spec)
     name, colon, option = text.rpartition(":")
-    if not colon or "=" not in option or "/" in option or Path(text).expanduser().exists():
+    if not colon or "=" not in option or {"/", "\\"} & set(option) or Path(text).expanduser().exists():
         return DataSpec(text)
     key, _, value = option.partition("=")
     if key not in OPTIONS:

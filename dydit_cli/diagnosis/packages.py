@@ -27,6 +27,9 @@ OPTIONAL = {
     "wandb": "curves of a fine-tuning in Weights & Biases",
     "bitsandbytes": "optimisers with 8-bit states; frozen weights as int8 or nf4",
     "torchao": "quantising an export with diffusers; no command needs it",
+    "onnx": "`dydit export --format onnx`",
+    "onnxscript": "`dydit export --format onnx`",
+    "onnxruntime": "`dydit export --format onnx`, and running what it writes",
     "triton": "torch.compile on CUDA",
     "huggingface_hub": "checkpoints of the Hub by name",
 }

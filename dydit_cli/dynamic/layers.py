@@ -52,7 +52,7 @@ class WithinFrames:
             part.unflatten(2, (self.frames, -1)).transpose(1, 2).flatten(0, 1) for part in (query, key, value)
         )
         mixed: Tensor = dot_product_attention(*apart)
-        return mixed.unflatten(0, (len(query), self.frames)).transpose(1, 2).flatten(2, 3)
+        return mixed.unflatten(0, (query.shape[0], self.frames)).transpose(1, 2).flatten(2, 3)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class AcrossFrames:
         )
         mixed: Tensor = dot_product_attention(*apart)
         # Copied once, in the order in which the output projection reads.
-        by_frame = mixed.unflatten(0, (len(query), places)).permute(0, 3, 1, 2, 4)
+        by_frame = mixed.unflatten(0, (query.shape[0], places)).permute(0, 3, 1, 2, 4)
         return by_frame.flatten(1, 2).transpose(1, 2)
 
 

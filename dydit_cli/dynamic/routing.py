@@ -36,6 +36,30 @@ class BlockRouting:
         )
 
 
+class Decisions:
+    """Where the blocks of one forward pass leave their token masks, so that they return tokens alone, as diffusers' blocks do.
+
+    What hooks a block may then answer in its place. A block that did not run has left no mask. (No container that is looked into
+    where arguments of modules are cast or moved: those would hand the block a copy.)
+    """
+
+    def __init__(self) -> None:
+        self._tokens: dict[int, Tensor] = {}
+
+    def note(self, index: int, tokens: Tensor) -> None:
+        """Leave the (B, N) mask of block number ``index``."""
+        self._tokens[index] = tokens
+
+    def ran(self, index: int) -> bool:
+        """Whether block number ``index`` ran."""
+        return index in self._tokens
+
+    def tokens(self, index: int, like: Tensor) -> Tensor:
+        """(B, N) mask of a block; zeros for (B, N, C) tokens of one that did not run."""
+        found = self._tokens.get(index)
+        return like.new_zeros(like.shape[:2]) if found is None else found
+
+
 @dataclass(frozen=True)
 class Routing:
     """The decisions of all blocks in one forward pass."""

@@ -135,7 +135,7 @@ class CompactExecutor(CompactStreams):
                 self._plan = WidthPlan(gating.keep_bias)
                 return self._plan
             read = model.router_input(model.embed_time(times))
-            live = live_widths(blocks, read, gating)
+            live = live_widths(blocks, read, model.width_gating(times, gating))
             actives = [[active_units(mask.cpu()) for mask in width.masks] for width in live]
             steps = {
                 t: PlannedStep(

@@ -34,6 +34,7 @@ from dydit_cli.errors import DyditError
 from dydit_cli.execution.compact import CompactExecutor
 from dydit_cli.execution.interface import BlockWidth, BranchModulation, DynamicBlock, modulate
 from dydit_cli.execution.plan import CompactWidth
+from dydit_cli.execution.quantised import plain
 from dydit_cli.execution.slices import Slice
 from dydit_cli.execution.static import StaticExecutor
 
@@ -333,7 +334,7 @@ class CompiledCompactExecutor(CompactExecutor, BlockCompiler):
             return None
         values = side_by_side(modulation)
         layers = (block.token_router.reduce, block.token_router.score)
-        router = tuple(part for layer in layers for part in (layer.weight, layer.bias))
+        router = tuple(part for layer in layers for part in (plain(layer.weight), layer.bias))
 
         def with_weights(attention: Slice, mlp: Slice) -> tuple[Tensor, Tensor] | None:
             # Samples of several timesteps may have weights of their own each.
@@ -341,7 +342,7 @@ class CompiledCompactExecutor(CompactExecutor, BlockCompiler):
                 return None
             if not runs_in_a_graph(tokens, values, attention.leave_bias, mlp.leave_bias, *router):
                 return None
-            weights = attention_inputs(attention), mlp_inputs(mlp)
+            weights = attention_inputs(attention.scaled()), mlp_inputs(mlp.scaled())
             found: tuple[Tensor, Tensor] | None = self._graph(
                 tokens.contiguous(),
                 values,
@@ -391,7 +392,7 @@ class CompiledStaticExecutor(StaticExecutor, BlockCompiler):
         # An adapter's layer is more than its weight.
         if any(type(layer) is not nn.Linear for layer in layers):
             return None
-        weights = tuple(part for layer in layers for part in (layer.weight, layer.bias))
+        weights = tuple(part for layer in layers for part in (plain(layer.weight), layer.bias))
         values = side_by_side(modulation)
         if not runs_in_a_graph(tokens, values, *weights):
             return None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dydit_cli.dynamic.timed import TimedLayer
 from dydit_cli.errors import DyditError
+from dydit_cli.execution.quantised import int8_rows, is_quantised, plain
 
 SCALE_DIGITS = 6
 """diffusers multiplies and divides an adapter's scale around each forward, which leaves rounding behind."""
@@ -82,6 +83,17 @@ def effective(layer: nn.Module) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
+def as_stored(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same, with a weight that is kept in int8 as its int8 values, and the (out,) scales of its rows behind."""
+    if isinstance(layer, nn.Linear) and not is_adapted(layer):
+        held = int8_rows(layer.weight)
+        if held is not None:
+            _check_at_hand(layer)
+            values, scale = held
+            return values, layer.bias if layer.bias is not None else scale.new_zeros(len(values)), scale
+    return *effective(layer), None
+
+
 def _of_linear(layer: nn.Module) -> tuple[Tensor, Tensor]:
     if isinstance(layer, RestoredLayer):
         weight = layer.restored_weight()
@@ -90,6 +102,18 @@ def _of_linear(layer: nn.Module) -> tuple[Tensor, Tensor]:
         raise _cannot_slice(
             layer, "It slices the weights of linear layers, and an adapter or a quantised layer holds more"
         )
+    _check_at_hand(layer)
+    if is_quantised(layer.weight) and int8_rows(layer.weight) is None:
+        raise _cannot_slice(
+            layer,
+            "Of quantised weights it knows int8 with a scale for each row (Int8WeightOnlyConfig(version=2)), and none else",
+        )
+    weight, bias = plain(layer.weight), layer.bias
+    return weight, bias if bias is not None else weight.new_zeros(layer.out_features)
+
+
+def _check_at_hand(layer: nn.Linear) -> None:
+    """Raise a `DyditError` if the layer's weight comes only when it is called."""
     if layer.weight.is_meta:
         raise _cannot_slice(layer, "Its weights are kept elsewhere until its own forward is called")
     hooks = getattr(layer, "_diffusers_hook", None)
@@ -100,8 +124,6 @@ def _of_linear(layer: nn.Module) -> tuple[Tensor, Tensor]:
         ):
             if hooks.get_hook(name) is not None:
                 raise _cannot_slice(layer, told)
-    bias: Tensor | None = layer.bias
-    return layer.weight, bias if bias is not None else layer.weight.new_zeros(layer.out_features)
 
 
 def _cannot_slice(layer: nn.Module, why: str) -> DyditError:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dydit_cli.errors import DyditError
 from dydit_cli.execution.effective import is_adapted
+from dydit_cli.execution.quantised import int8_rows, is_quantised, with_values
 from dydit_cli.execution.slabs import FreedWeights, freed_of
 from dydit_cli.execution.units import Slabs, SlicedLayer, UnitLayers, from_units, pack, unit_layers
 
@@ -75,7 +76,7 @@ def free_weights(layers: Sequence[SlicedLayer]) -> None:
             raise _adapted()
         found = stored_weights(parts)
         stored = {(module, name): module.get_parameter(name) for module, name in found}
-        if not all(same_bits(tensor, stored[place]) for place, tensor in found.items()):
+        if not all(same_bits(tensor, values_of(stored[place])) for place, tensor in found.items()):
             raise _adapted()
         if any(parameter.requires_grad for parameter in stored.values()):
             raise DyditError(
@@ -102,6 +103,12 @@ def restore_weights(layers: Sequence[SlicedLayer]) -> None:
             del layer.freed_weights  # type: ignore[attr-defined]
 
 
+def values_of(stored: Tensor) -> Tensor:
+    """What slabs hold of a stored weight: its numbers, or those in int8 that torchao multiplies with scales."""
+    held = int8_rows(stored)
+    return stored if held is None else held[0]
+
+
 def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are equal in every bit, NaN and the sign of zero included."""
     if one.shape != other.shape or one.dtype != other.dtype:
@@ -119,4 +126,7 @@ def _adapted() -> DyditError:
 
 
 def _put(module: nn.Module, name: str, values: Tensor) -> None:
+    stored = module.get_parameter(name)
+    if is_quantised(stored):
+        values = with_values(stored, values)
     setattr(module, name, nn.Parameter(values, requires_grad=False))

@@ -41,6 +41,7 @@ from dydit_cli.execution.interface import (
     StepRunner,
 )
 from dydit_cli.execution.plan import CompactWidth, WidthPlan
+from dydit_cli.execution.quantised import is_quantised
 from dydit_cli.execution.slices import Slice
 from dydit_cli.execution.static import StaticExecutor
 from dydit_cli.execution.units import SlicedLayer
@@ -385,16 +386,18 @@ def recordable(step: Step, *gatings: type[Gating]) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody listens to a module's forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def only_own_layers(model: nn.Module) -> bool:
-    """Whether all layers are torch's or the model's own: another library's may be switched on and off by a Python value.
+    """Whether all layers are torch's or the model's own: another library's may be switched on and off by a Python value, and its
+    weights lie where torch does not say.
 
     Nor are layers whose weights follow the timestep: a recording serves all timesteps that have its masks.
     """
     own = type(model).__module__.partition(".")[0]
     known = all(type(module).__module__.partition(".")[0] in ("torch", own) for module in model.modules())
+    known = known and not any(map(is_quantised, model.parameters()))
     return known and not any(isinstance(module, TimedLayer) for module in model.modules())
 
 

@@ -230,6 +230,10 @@ class ConditionedModel(Protocol):
         """(S, C) timestep embeddings -> (S, C), what the width routers read."""
         ...
 
+    def width_gating(self, timestep: Tensor, gating: Gating) -> Gating:
+        """The rule that decides widths at (S,) timesteps."""
+        ...
+
     def embed_labels(self, labels: Tensor) -> Tensor:
         """(S,) labels -> (S, C)."""
         ...

@@ -22,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from dydit_cli.errors import DyditError
 from dydit_cli.execution.effective import adapter_state
 from dydit_cli.execution.policies import ActiveUnits, Arrangement, LayerSchedule, arrange
+from dydit_cli.execution.quantised import parts_of_tensor
 from dydit_cli.execution.slices import Slice, gathered_slice, prefix_slice
 from dydit_cli.execution.units import Slabs, SlicedLayer, UnitLayers, pack, unit_layers, with_timed
 
@@ -37,11 +38,12 @@ def stamp_of(layer: SlicedLayer) -> Stamp:
     """
     modules = list(layer.modules())
     tensors = [
-        tensor
+        part
         for module in modules
         for held in (module._parameters, module._buffers)
         for tensor in held.values()
         if tensor is not None
+        for part in parts_of_tensor(tensor)
     ]
     adapters = tuple(state for state in map(adapter_state, modules) if state is not None)
     return adapters + tuple(

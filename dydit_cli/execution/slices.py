@@ -30,6 +30,8 @@ class Slice:
         entry_timed: What the timestep adds to ``entry``.
         leave_timed: The same of ``leave``.
         amounts: (B, Q) of each of the two, for samples of several timesteps; see `at`.
+        entry_scale: (k * rows,), what is multiplied with what comes through ``entry``, where that is kept in int8.
+        leave_scale: (C,), the same of ``leave``.
     """
 
     units: int
@@ -40,18 +42,43 @@ class Slice:
     entry_timed: LowRank | None = None
     leave_timed: LowRank | None = None
     amounts: tuple[Tensor | None, Tensor | None] = (None, None)
+    entry_scale: Tensor | None = None
+    leave_scale: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the sliced weights."""
         timed = [part.left for part in (self.entry_timed, self.leave_timed) if part is not None]
-        parts = (self.entry, self.entry_bias, self.leave, *timed)
+        scales = [] if self.entry_scale is None else [self.entry_scale]
+        parts = (self.entry, self.entry_bias, self.leave, *scales, *timed)
         return sum(part.numel() * part.element_size() for part in parts)
 
     @property
     def is_timed(self) -> bool:
         """Whether its weights still wait for the timestep, or are another's for each sample."""
         return self.entry_timed is not None or self.leave_timed is not None
+
+    def in_floats(self) -> Slice:
+        """The same with int8 values as floats, a copy; their scales stay apart."""
+        entry, leave = self.entry, self.leave
+        if self.entry_scale is not None:
+            entry = entry.to(self.entry_scale.dtype)
+        if self.leave_scale is not None:
+            leave = leave.to(self.leave_scale.dtype)
+        return (
+            self if entry is self.entry and leave is self.leave else replace(self, entry=entry, leave=leave)
+        )
+
+    def scaled(self) -> Slice:
+        """The same with the scales multiplied in."""
+        if self.entry_scale is None and self.leave_scale is None:
+            return self
+        entry, leave = self.entry, self.leave
+        if self.entry_scale is not None:
+            entry = entry * self.entry_scale[:, None]
+        if self.leave_scale is not None:
+            leave = leave * self.leave_scale
+        return replace(self, entry=entry, leave=leave, entry_scale=None, leave_scale=None)
 
     def at(self, time_embedding: Tensor | None) -> Slice:
         """The weights at a timestep, merged, if there is one row of (B, C) embeddings; else what `entered` and `closed` need.
@@ -60,7 +87,10 @@ class Slice:
             TypeError: Without the embedding, if weights follow it.
         """
         if not self.is_timed:
-            return self
+            return self.in_floats()
+        scaled = self.scaled()
+        if scaled is not self:
+            return scaled.at(time_embedding)
         times = needed(time_embedding)
         of_entry, of_leave = self.entry_timed, self.leave_timed
         amounts = (
@@ -105,6 +135,8 @@ def _slice(flat: Slabs, units: int) -> Slice:
         flat.leave_bias,
         flat.entry_timed,
         flat.leave_timed,
+        entry_scale=flat.entry_scale,
+        leave_scale=flat.leave_scale,
     )
 
 
@@ -116,7 +148,11 @@ def entered(inputs: Tensor, weights: Slice, samples: Tensor | None = None) -> Te
         weights: The active part.
         samples: (S,) to which sample of the batch each belongs; None if they are the batch.
     """
-    result = F.linear(inputs, weights.entry, weights.entry_bias)
+    if weights.entry_scale is None:
+        result = F.linear(inputs, weights.entry, weights.entry_bias)
+    else:
+        product = F.linear(inputs, weights.entry)
+        result = (product * weights.entry_scale + weights.entry_bias).to(product.dtype)
     timed, amounts = weights.entry_timed, weights.amounts[0]
     if timed is None or amounts is None:
         return result
@@ -127,7 +163,12 @@ def entered(inputs: Tensor, weights: Slice, samples: Tensor | None = None) -> Te
 def closed(inputs: Tensor, weights: Slice, samples: Tensor | None = None, biased: bool = True) -> Tensor:
     """(S, ..., k * rows') -> (S, ..., C) through the layer that closes; see `entered`."""
     rows = inputs.flatten(0, -2)
-    result = torch.addmm(weights.leave_bias, rows, weights.leave) if biased else rows @ weights.leave
+    if weights.leave_scale is not None:
+        product = rows @ weights.leave
+        scaled = product * weights.leave_scale
+        result = (scaled + weights.leave_bias if biased else scaled).to(product.dtype)
+    else:
+        result = torch.addmm(weights.leave_bias, rows, weights.leave) if biased else rows @ weights.leave
     result = result.unflatten(0, inputs.shape[:-1])
     timed, amounts = weights.leave_timed, weights.amounts[1]
     if timed is None or amounts is None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dydit_cli.dynamic.layers import DynamicAttention, DynamicMlp
 from dydit_cli.dynamic.timed import TimedFactor, TimedLayer
-from dydit_cli.execution.effective import effective
+from dydit_cli.execution.effective import as_stored
 
 
 class SlicedLayer(Protocol):
@@ -135,6 +135,8 @@ class Slabs:
         leave_bias: (C,), never sliced.
         entry_timed: What the timestep adds to ``entry``.
         leave_timed: The same of ``leave``.
+        entry_scale: (U, rows), what rows of ``entry`` are multiplied with where they are kept in int8.
+        leave_scale: (C,), the same of ``leave``; never sliced.
     """
 
     entry: Tensor
@@ -143,12 +145,16 @@ class Slabs:
     leave_bias: Tensor
     entry_timed: LowRank | None = None
     leave_timed: LowRank | None = None
+    entry_scale: Tensor | None = None
+    leave_scale: Tensor | None = None
 
     @property
     def by_units(self) -> tuple[Tensor, ...]:
         """Everything with an axis of units."""
         timed = (self.entry_timed, self.leave_timed)
-        return (self.entry, self.entry_bias, self.leave, *(part.left for part in timed if part is not None))
+        scales = () if self.entry_scale is None else (self.entry_scale,)
+        lefts = (part.left for part in timed if part is not None)
+        return (self.entry, self.entry_bias, self.leave, *scales, *lefts)
 
     @property
     def nbytes(self) -> int:
@@ -168,6 +174,8 @@ class Slabs:
             self.leave_bias,
             changed(self.entry_timed),
             changed(self.leave_timed),
+            None if self.entry_scale is None else change(self.entry_scale),
+            self.leave_scale,
         )
 
 
@@ -178,21 +186,32 @@ def pack(layer: SlicedLayer) -> Slabs:
         DyditError: If the layer holds more than plain weights.
     """
     found = unit_layers(layer)
-    opened = [effective(opening) for opening in found.opening]
-    entry = torch.cat([found.rows_by_unit(weight) for weight, _ in opened], dim=1)
-    biases = [found.rows_by_unit(bias[:, None]).squeeze(2) for _, bias in opened]
+    opened = [as_stored(opening) for opening in found.opening]
+    if any(scale is None for _, _, scale in opened):
+        # Side by side they have one type.
+        opened = [
+            (weight if scale is None else weight * scale[:, None], bias, None)
+            for weight, bias, scale in opened
+        ]
+    entry = torch.cat([found.rows_by_unit(weight) for weight, _, _ in opened], dim=1)
+    biases = [found.rows_by_unit(bias[:, None]).squeeze(2) for _, bias, _ in opened]
+    scales = [found.rows_by_unit(scale[:, None]).squeeze(2) for _, _, scale in opened if scale is not None]
+    entry_bias, leave_scale = torch.cat(biases, dim=1), None
     if found.closing is None:
-        leave, leave_bias = entry.new_empty(found.units, 0, entry.shape[2]), entry.new_zeros(entry.shape[2])
+        leave = entry_bias.new_empty(found.units, 0, entry.shape[2])
+        leave_bias = entry_bias.new_zeros(entry.shape[2])
     else:
-        weight, leave_bias = effective(found.closing)
+        weight, leave_bias, leave_scale = as_stored(found.closing)
         leave = found.columns_by_unit(weight)
     return Slabs(
         entry,
-        torch.cat(biases, dim=1),
+        entry_bias,
         leave,
         leave_bias,
-        entry_timed(found, [len(weight) // found.units for weight, _ in opened]),
+        entry_timed(found, [len(weight) // found.units for weight, _, _ in opened]),
         leave_timed(found),
+        torch.cat(scales, dim=1) if scales else None,
+        leave_scale,
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dydit_cli.execution.effective import adapter_state, is_adapted
+from dydit_cli.execution.quantised import parts_of_tensor
 
 PROBE_VALUES = 32
 
@@ -57,7 +58,8 @@ class Watch:
                     self._kept += shelf.values()
             if is_adapted(module):
                 self._adapted.append(module)
-            held = [tensor for tensor in module._parameters.values() if tensor is not None]
+            stored = [tensor for tensor in module._parameters.values() if tensor is not None]
+            held = [part for tensor in stored for part in parts_of_tensor(tensor)]
             parameters += held
             self._tensors += [*held, *(tensor for tensor in module._buffers.values() if tensor is not None)]
         # Weak references keep the addresses of storages from being given away, so that an address is an identity.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import PureWindowsPath
 
 from dydit_cli.artifacts.manifest import versions
+from dydit_cli.checkpoints.terms import Terms
 from dydit_cli.dynamic.geometry import Geometry
 from dydit_cli.export.lineage import Lineage
+from dydit_cli.export.metadata import GIVEN, front_matter, license_words
 from dydit_cli.families.family import Family
 
 VAE = "stabilityai/sd-vae-ft-ema"
@@ -23,7 +25,7 @@ STATIC = "The static {title} inside a dynamic one, written by {maker}."
 DRAW = """images = pipeline(
     class_labels={labels},
     guidance_scale=1.5,
-    num_inference_steps=50,
+    num_inference_steps={steps},
     generator=torch.manual_seed(0),
 ).images
 images[0].save("image.png")
@@ -40,6 +42,12 @@ class Subject:
         geometry: Of the model.
         lineage: Its past.
         dtype: Of the written weights.
+        steps: Sampling steps of the examples.
+        introduction: What the model is, in a sentence with ``{title}`` and ``{maker}``.
+        dials: Whether its cost can be changed while it runs.
+        limits: What it cannot do that a dynamic model can, as paragraphs.
+        terms: Licence and repository of the base model.
+        measured: A section of what was measured of it, or nothing.
     """
 
     name: str
@@ -47,6 +55,12 @@ class Subject:
     geometry: Geometry
     lineage: Lineage
     dtype: str
+    steps: int = 50
+    introduction: str = DYNAMIC
+    dials: bool = True
+    limits: str = ""
+    terms: Terms = field(default_factory=Terms)
+    measured: str = ""
 
 
 def pipeline_card(subject: Subject, *, needs_vae: bool, is_identity: bool, names: Sequence[str]) -> str:
@@ -76,7 +90,12 @@ def pipeline_card(subject: Subject, *, needs_vae: bool, is_identity: bool, names
         "Classes have names: `pipeline.labels` lists them.\n" if names else "Classes are given by number.\n"
     )
     return (
-        head(subject, DYNAMIC, "library_name: diffusers\npipeline_tag: unconditional-image-generation\n")
+        head(
+            subject,
+            subject.introduction,
+            "library_name: diffusers\npipeline_tag: unconditional-image-generation\n",
+            rate=subject.dials,
+        )
         + f"""
 ## Use
 
@@ -85,11 +104,7 @@ diffusers remarks that it expected a `DiTTransformer2DModel`{identity}; that is 
 {vae}
 {snippets}
 {labels}
-Only what the routers keep is computed. The cost can be changed while the pipeline lives:
-
-- `pipeline.transformer.set_keep_bias(1.0)` keeps more, a negative value less;
-- `pipeline.transformer.set_execution("static")` runs the complete model, `"compact"` what is kept.
-
+{dials_of(subject, "pipeline.transformer")}{subject.limits}
 {_scheduler(subject.family)}
 
 """
@@ -104,7 +119,8 @@ def pipeline_snippets(subject: Subject, needs_vae: bool, names: Sequence[str]) -
     vae = f'vae = AutoencoderKL.from_pretrained("{VAE}"{dtype})\n' if needs_vae else ""
     passed = ", vae=vae" if needs_vae else ""
     labels = f'pipeline.get_label_ids(["{names[0]}", "{names[1]}"])' if len(names) > 1 else "[0, 1]"
-    draw = DRAW.format(labels=labels)
+    draw = DRAW.format(labels=labels, steps=subject.steps)
+    dial = ", keep_bias=0.5" if subject.dials else ""
     imports = f"import torch\nfrom diffusers import {what}\n\n{vae}"
     folder = f'"{subject.name}"'
     return {
@@ -113,7 +129,7 @@ def pipeline_snippets(subject: Subject, needs_vae: bool, names: Sequence[str]) -
         "With diffusers alone": f"{imports}# This runs transformer/modeling_dydit.py of the folder.\n"
         f"pipeline = DiTPipeline.from_pretrained({folder}{passed}{dtype}, trust_remote_code=True)\n{draw}",
         "With a transformer that you have loaded": f"import dydit_cli\n{imports}"
-        f"transformer = dydit_cli.load_model({folder}{dtype}, keep_bias=0.5)\n"
+        f"transformer = dydit_cli.load_model({folder}{dtype}{dial})\n"
         f"pipeline = DiTPipeline.from_pretrained({folder}, transformer=transformer{passed}{dtype})\n{draw}",
     }
 
@@ -211,11 +227,22 @@ def static_card(subject: Subject, file: str, *, exact: bool, diffusers: bool = F
 # ------------------------------------------------------------------ parts
 
 
+def dials_of(subject: Subject, transformer: str) -> str:
+    """How the cost of a model is changed while it runs; ``transformer`` is its name in the examples."""
+    if not subject.dials:
+        return ""
+    return f"""Only what the routers keep is computed. The cost can be changed while the model lives:
+
+- `{transformer}.set_keep_bias(1.0)` keeps more, a negative value less;
+- `{transformer}.set_execution("static")` runs the complete model, `"compact"` what is kept.
+"""
+
+
 def head(subject: Subject, introduction: str, library: str = "", *, rate: bool = True) -> str:
     """The top of a card: its fields, title, introduction and a table of facts."""
     geometry, lineage, family = subject.geometry, subject.lineage, subject.family
     rows = {
-        "base model": _base(lineage),
+        "base model": _base(subject),
         "family": f"[{family.title}]({family.reference_url})",
         "size": f"{geometry.depth} blocks, {geometry.hidden_size} channels, {geometry.num_heads} heads and "
         f"{geometry.num_groups} channel groups a block, patches of {geometry.patch_size}",
@@ -231,13 +258,11 @@ def head(subject: Subject, introduction: str, library: str = "", *, rate: bool =
         "weights": subject.dtype,
     }
     table = "\n".join(f"| {name} | {text} |" for name, text in rows.items() if text)
-    return f"""---
-{library}tags:
-- dydit
-- {family.name}
-# license: that of the base model; fill it in before publishing
----
-
+    fields = library if "library_name" in library else f"library_name: dydit\n{library}"
+    if "pipeline_tag" not in fields:
+        fields += _pipeline_tag(geometry)
+    relation = "finetune" if lineage.steps else None
+    return f"""{front_matter(subject.terms, ("dydit", family.name), fields, relation=relation)}
 # {subject.name}
 
 {introduction.format(title=family.title, maker=_maker())}
@@ -245,7 +270,15 @@ def head(subject: Subject, introduction: str, library: str = "", *, rate: bool =
 | | |
 | --- | --- |
 {table}
-"""
+{subject.measured}"""
+
+
+def _pipeline_tag(geometry: Geometry) -> str:
+    """What a model does, in the Hub's words, which are none for videos of classes."""
+    video = len(geometry.sample_shape) == 4
+    if geometry.has_context:
+        return f"pipeline_tag: text-to-{'video' if video else 'image'}\n"
+    return "" if video else "pipeline_tag: unconditional-image-generation\n"
 
 
 def _maker() -> str:
@@ -253,9 +286,12 @@ def _maker() -> str:
     return f"dydit {versions().get('dydit', '')}".rstrip()
 
 
-def _base(lineage: Lineage) -> str:
-    # The name alone: where it lay is nobody's business who reads the card.
-    return f"`{Path(lineage.base).name}`" if lineage.base else "not recorded"
+def _base(subject: Subject) -> str:
+    if subject.terms.repository is not None:
+        return f"[{subject.terms.repository}](https://huggingface.co/{subject.terms.repository})"
+    base = subject.lineage.base
+    # The name alone, also of a path of another system: where it lay is nobody's business who reads the card.
+    return f"`{PureWindowsPath(base).name}`" if base else "not recorded"
 
 
 def _ratio(lineage: Lineage) -> str:
@@ -282,8 +318,19 @@ def _scheduler(family: Family) -> str:
 
 def licence(subject: Subject, ours: str = "dydit itself") -> str:
     """The last section of a card."""
+    words = license_words(subject.terms)
+    if subject.terms.said_by == GIVEN:
+        said = f"The weights are under the licence {words}, as whoever exported them says. They come from {_base(subject)}."
+    elif words:
+        said = f"The weights are under the licence of the base model, {_base(subject)}: {words}."
+    else:
+        said = (
+            f"The weights are under the licence of the base model: {_base(subject)}. Which one that is was not recorded; whoever\n"
+            "publishes this model states it here and in the field `license` above (`dydit export --license`)."
+        )
     return f"""## Licence
 
-Carried over from the base model: {_base(subject.lineage)}. Whoever publishes this model states that licence here and in the field
-`license` above. {ours} is under the MIT licence.
+{said}
+
+{ours[:1].upper()}{ours[1:]} is under the MIT licence.
 """

@@ -27,8 +27,8 @@ def is_order(key: str) -> bool:
 
 
 def is_router(key: str) -> bool:
-    """Whether a key is a router's, under our names."""
-    return key.startswith("budget_router.") or any(part in key for part in ROUTERS)
+    """Whether a key is a router's, or of what stands in its place, under our names."""
+    return key.startswith(("budget_router.", "baked_widths.")) or any(part in key for part in ROUTERS)
 
 
 def without_identity_orders(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,15 @@ from dydit_cli.export.flux_parts import find_parts
 from dydit_cli.export.flux_verify import flux_difference
 from dydit_cli.export.inline import FLUX_ROOTS, inline
 from dydit_cli.export.registration import MODULE
-from dydit_cli.export.report import ExportReport, Progress, Source, report_of, subject_of
+from dydit_cli.export.report import (
+    ExportReport,
+    Progress,
+    Source,
+    loaded_and_compared,
+    report_of,
+    subject_of,
+)
+from dydit_cli.export.space import check_space
 from dydit_cli.export.tensors import Cast, commonest_dtype, write_compared
 from dydit_cli.families.flux import DyFluxTransformer2DModel
 from dydit_cli.families.flux_geometry import FluxGeometry
@@ -35,7 +42,6 @@ STREAMED = "rectified-flow"
 CODE = f"{MODULE}.py"
 FILE = "model.safetensors"
 STATIC_CLASS = "FluxTransformer2DModel"
-SPARE_BYTES = 1 << 20
 
 
 def export_flux(source: Source, settings: ExportSection, folder: Path, say: Progress) -> ExportReport:
@@ -46,15 +52,15 @@ def export_flux(source: Source, settings: ExportSection, folder: Path, say: Prog
     """
     say("reading the model")
     with torch.device("meta"):
-        model = DyFluxTransformer2DModel(**_arguments(source))
+        model = DyFluxTransformer2DModel(**arguments_of(source))
     if settings.budget is not None:
         # No FLUX has budgets; the model says so.
         model.set_budget(settings.budget)
     tensors = lazily(open_checkpoint(model_folder(source.path)).tensors)
-    _check_whole(model, tensors, source.path)
+    check_whole(model, tensors, source.path)
     if settings.format == "diffusers":
         return _write_pipeline(source, settings, model, tensors, folder, say)
-    _refuse_parts(settings)
+    refuse_parts(settings)
     write = _write_original if settings.format == "original" else _write_static
     return write(source, settings, model, tensors, folder, say)
 
@@ -82,7 +88,7 @@ def _write_pipeline(
     parts = find_parts(settings.pipeline, settings.vae, model.geometry)
     written = Cast(tensors, {"*": settings.dtype} if settings.dtype else {})
     dtype = commonest_dtype(written)
-    _check_space(folder, sum(spec.nbytes for spec in written.specs.values()) + parts.nbytes)
+    check_space(folder, sum(spec.nbytes for spec in written.specs.values()) + parts.nbytes)
     say("writing the pipeline")
     code = inline(FLUX_ROOTS)
     transformer = folder / "transformer"
@@ -102,7 +108,7 @@ def _write_pipeline(
     )
     say("verifying the pipeline against the model")
     difference, whole = flux_difference(
-        type(model), _arguments(source), written, transformer, transformer / CODE
+        type(model), arguments_of(source), written, transformer, transformer / CODE
     )
     subject = subject_of(source, settings, model.geometry, dtype)
     (folder / "README.md").write_text(flux_pipeline_card(subject, parts, name), encoding="utf-8")
@@ -120,7 +126,15 @@ def _write_pipeline(
         notes.append(
             f"The parts come from a {parts.pipeline_class}, which diffusers does not have; the folder is a {name}."
         )
-    return report_of(source, settings, dtype, difference, needs_vae=parts.vae is None, notes=notes)
+    return report_of(
+        source,
+        settings,
+        dtype,
+        difference,
+        needs_vae=parts.vae is None,
+        notes=notes,
+        verified=loaded_and_compared(difference),
+    )
 
 
 def _write_original(
@@ -137,7 +151,7 @@ def _write_original(
             why="The names are the authors', whose routers have a row a unit; here a row is a step between two units.",
             fix="Pass --format diffusers, or --format static for the complete model.",
         )
-    kept = _without_identity_orders(tensors)
+    kept = without_identity_orders(tensors)
     ordered = any(key.endswith("_order") for key in kept)
     renamed = Rearranged(kept, layout_for_others(kept.specs))
     written = Cast(renamed, {"*": settings.dtype} if settings.dtype else {})
@@ -179,7 +193,7 @@ def _write_static(
         _write_static_config(model, folder)
         write_compared(folder, written, max_shard_size=settings.max_shard_size)
     elif lineage.container == "torch":
-        _check_space(folder, sum(spec.nbytes for spec in written.specs.values()))
+        check_space(folder, sum(spec.nbytes for spec in written.specs.values()))
         write_flat(written, folder / "model.pt")
     else:
         write_compared(folder, written, stem=Path(FILE).stem, max_shard_size=None)
@@ -224,11 +238,12 @@ def _write_static_config(model: DyFluxTransformer2DModel, folder: Path) -> None:
         static(**config).save_config(folder)
 
 
-def _arguments(source: Source) -> dict[str, Any]:
+def arguments_of(source: Source) -> dict[str, Any]:
+    """A configuration without what diffusers adds: what the model's class takes."""
     return {name: value for name, value in source.config.items() if not name.startswith("_")}
 
 
-def _without_identity_orders(tensors: LazyTensors) -> LazyTensors:
+def without_identity_orders(tensors: LazyTensors) -> LazyTensors:
     """Drop the orders that say nothing: rank r is unit r, as in the authors' files."""
 
     def says_nothing(key: str) -> bool:
@@ -241,7 +256,7 @@ def _is_identity(order: Tensor) -> bool:
     return torch.equal(order, torch.arange(len(order), dtype=order.dtype))
 
 
-def _check_whole(model: DyFluxTransformer2DModel, tensors: LazyTensors, path: Path) -> None:
+def check_whole(model: DyFluxTransformer2DModel, tensors: LazyTensors, path: Path) -> None:
     """The stored tensors are those of the configuration.
 
     Raises:
@@ -262,7 +277,12 @@ def _check_whole(model: DyFluxTransformer2DModel, tensors: LazyTensors, path: Pa
         )
 
 
-def _refuse_parts(settings: ExportSection) -> None:
+def refuse_parts(settings: ExportSection) -> None:
+    """For formats of the transformer alone.
+
+    Raises:
+        DyditError: If parts of a pipeline were asked for.
+    """
     for option, value, what in (
         ("--vae", settings.vae, "autoencoder"),
         ("--pipeline", settings.pipeline, "pipeline"),
@@ -273,18 +293,3 @@ def _refuse_parts(settings: ExportSection) -> None:
                 why="It holds the transformer's weights alone.",
                 fix=f"Leave {option} out, or export with --format diffusers.",
             )
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    """Raise before writing gigabytes that will not fit.
-
-    Raises:
-        DyditError: If less is free than will be written.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed + SPARE_BYTES:
-        raise DyditError(
-            f"The export needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free.",
-            why="Weights and parts are written whole before anything is replaced.",
-            fix="Free space, choose another --out, or write a smaller type with --dtype bfloat16.",
-        )

@@ -49,19 +49,19 @@ def flux_difference(
     depth = {name: min(1, config[name]) for name in ("num_layers", "num_single_layers")}
     shape = dict(config) if whole else dict(config) | depth
     dtype = torch.float32 if whole else torch.bfloat16
-    expected = _outputs(_built(model_class, shape, tensors, dtype))
+    expected = _outputs(built(model_class, shape, tensors, dtype))
     with shipped(code) as module:
         shipped_class = getattr(module, model_class.__name__)
         if whole:
             model = shipped_class.from_pretrained(str(transformer), torch_dtype=dtype)
             _assign(model, model.state_dict(), dtype)
         else:
-            model = _built(shipped_class, shape, lazily(open_checkpoint(transformer).tensors), dtype)
+            model = built(shipped_class, shape, lazily(open_checkpoint(transformer).tensors), dtype)
         found = _outputs(model)
     return judged(found, expected), whole
 
 
-def _built(model_class: type, config: Mapping[str, Any], tensors: LazyTensors, dtype: torch.dtype) -> Any:
+def built(model_class: type, config: Mapping[str, Any], tensors: LazyTensors, dtype: torch.dtype) -> Any:
     """A model with the weights that its configuration asks for, perhaps not all that there are."""
     with torch.device("meta"):
         model: Any = model_class(**config)
@@ -84,17 +84,17 @@ def _outputs(model: Any) -> Tensor:
     predictions = []
     for tokens in ((SIDES[0], SIDES[0]), SIDES):
         for time in TIMES:
-            predictions.append(_prediction(model, tokens, time).flatten().float())
+            predictions.append(prediction(model, tokens, time).flatten().float())
     return torch.cat(predictions)
 
 
-def _prediction(model: Any, tokens: tuple[int, int], time: float) -> Tensor:
+def prediction(model: Any, tokens: tuple[int, int], time: float) -> Tensor:
     """By the stock forward, as pipelines call it: packed latents of ``tokens`` rows and columns."""
     geometry, dtype = model.geometry, model.dtype
     rows, columns = torch.meshgrid(*(torch.arange(side, dtype=dtype) for side in tokens), indexing="ij")
     places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
     image = normal(0, (1, len(places), geometry.packed_channels), "export")
-    prediction: Tensor = model(
+    predicted: Tensor = model(
         hidden_states=image.to(dtype),
         encoder_hidden_states=normal(1, (1, PROMPT, geometry.joint_size), "export").to(dtype),
         pooled_projections=normal(2, (1, geometry.pooled_size), "export").to(dtype),
@@ -104,4 +104,4 @@ def _prediction(model: Any, tokens: tuple[int, int], time: float) -> Tensor:
         guidance=torch.tensor([GUIDANCE]) if geometry.guidance else None,
         return_dict=False,
     )[0]
-    return prediction
+    return predicted

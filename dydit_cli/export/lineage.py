@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from dydit_cli.artifacts import read_manifest
 from dydit_cli.checkpoints.builtin import FOLDER, PREFIX
+from dydit_cli.checkpoints.terms import terms_of
 from dydit_cli.errors import DyditError
 
 LONGEST = 32
@@ -30,6 +31,7 @@ class Lineage:
         steps: Optimiser steps of the last fine-tuning.
         data: What it was trained on, as given.
         classes: Names of the classes, where the data had them.
+        terms: Licence and repository of the base, as `checkpoints.terms.Terms` has them.
     """
 
     base: str | None = None
@@ -43,6 +45,7 @@ class Lineage:
     steps: int | None = None
     data: str | None = None
     classes: tuple[str, ...] = ()
+    terms: Mapping[str, str] = field(default_factory=dict)
 
 
 def lineage_of(model: str | Path) -> Lineage:
@@ -84,7 +87,8 @@ def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
             "dtypes": source.get("dtypes"),
             "layout": source.get("layout"),
             "quantisation": source.get("quantisation"),
-            "loras": tuple(Path(each["path"]).name for each in results.get("loras") or ()),
+            "loras": tuple(PureWindowsPath(each["path"]).name for each in results.get("loras") or ()),
+            "terms": _terms(source),
         }
     elif stage == "finetune":
         data = results.get("data") or {}
@@ -101,7 +105,15 @@ def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
         found |= {name: tuple(found.get(name) or ()) for name in ("classes", "loras")}
     else:
         found = {}
-    return {name: value for name, value in found.items() if value is not None and value != ()}
+    return {name: value for name, value in found.items() if value is not None and value != () and value != {}}
+
+
+def _terms(source: Mapping[str, Any]) -> Mapping[str, str]:
+    """As the conversion recorded them; of an older one, as the checkpoint says them if it is still there."""
+    if source.get("terms") is not None:
+        return dict(source["terms"])
+    path = source.get("path")
+    return terms_of(Path(path)).as_json() if path and Path(path).exists() else {}
 
 
 def _base(path: str | None) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dydit_cli.export.card import DYNAMIC, Subject, head, licence
+from dydit_cli.export.card import Subject, dials_of, head, licence
 
 GUIDANCE = 4.0
 
@@ -24,7 +24,7 @@ transformer = AutoModel.from_pretrained({folder}, subfolder="transformer", trust
 }
 
 START = """scheduler = DDIMScheduler.from_pretrained({folder}, subfolder="scheduler")
-scheduler.set_timesteps(50)
+scheduler.set_timesteps({steps})
 videos = torch.randn(2, {shape}, generator=torch.manual_seed(0))
 """
 
@@ -68,7 +68,7 @@ def parts_card(subject: Subject, *, needs_vae: bool, names: Sequence[str]) -> st
         else "They are latents; `vae/` decodes them frame by frame."
     )
     return (
-        head(subject, DYNAMIC, "library_name: diffusers\n")
+        head(subject, subject.introduction, "library_name: diffusers\n", rate=subject.dials)
         + f"""
 ## Use
 
@@ -79,11 +79,7 @@ holds the transformer with its code and the scheduler; a few lines sample with t
 {snippets}
 `videos` is ({shape}). {autoencoder}
 {classes}
-Only what the routers keep is computed. The cost can be changed while the transformer lives:
-
-- `transformer.set_keep_bias(1.0)` keeps more, a negative value less;
-- `transformer.set_execution("static")` runs the complete model, `"compact"` what is kept.
-
+{dials_of(subject, "transformer")}{subject.limits}
 The scheduler is DDIM; others that predict noise go by `from_config(scheduler.config)`. `dydit sample` offers DDPM with the learned
 variance and writes MP4 files and GIFs.
 
@@ -104,6 +100,7 @@ def parts_snippets(subject: Subject) -> dict[str, str]:
         "second": min(1, geometry.num_classes - 1),
         "null": geometry.num_classes,
         "guidance": GUIDANCE,
+        "steps": subject.steps,
     }
     sampling = START + (GUIDED if geometry.num_classes else UNGUIDED)
     return {heading: (loaded + sampling).format(**facts) for heading, loaded in LOADED.items()}

@@ -17,6 +17,14 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from dydit_cli.dynamic.baked import (
+    BakedChannelRouter,
+    BakedHeadRouter,
+    BakedWidths,
+    baked_gating,
+    baked_schedules,
+    fixed_widths,
+)
 from dydit_cli.dynamic.budget import BudgetRouter, Told, check_budgets
 from dydit_cli.dynamic.gates import (
     FrozenWidthGating,
@@ -28,7 +36,7 @@ from dydit_cli.dynamic.gates import (
 from dydit_cli.dynamic.geometry import Geometry
 from dydit_cli.dynamic.layers import WHOLE, Sequences
 from dydit_cli.dynamic.routers import width_routers
-from dydit_cli.dynamic.routing import Routing
+from dydit_cli.dynamic.routing import Decisions, Routing
 from dydit_cli.errors import DyditError
 from dydit_cli.execution import (
     BlockWidth,
@@ -47,6 +55,7 @@ from dydit_cli.families.blocks import (
     PatchEmbedder,
     TimestepEmbedder,
 )
+from dydit_cli.families.caching import cache_context, is_cached
 from dydit_cli.families.dynamic_model import DynamicModel, routed
 from dydit_cli.families.pruned_blocks import PrunedDiTBlock, check_pruned
 from dydit_cli.randomness import normal
@@ -76,6 +85,7 @@ class DynamicTransformer(DynamicModel):
         td_lora: ``rank`` and ``experts`` of a model whose weights follow the timestep; see `insert_timed_layers`.
         frequency_shift: Of the timestep's sinusoids: 0 in the original files, 1 in diffusers' DiT; see `TimestepEmbedder`.
         mlp_norm_eps: Of the LayerNorm before the MLP: 1e-6 in the original files, 1e-5 in most of diffusers'.
+        baked: ``schedules`` of a model whose widths are written down, and which has no width routers; see `BakedWidths`.
 
     Raises:
         DyditError: If the numbers do not fit together.
@@ -107,6 +117,7 @@ class DynamicTransformer(DynamicModel):
         td_lora: Mapping[str, Any] | None = None,
         frequency_shift: float = 0.0,
         mlp_norm_eps: float = NORM_EPS,
+        baked: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         mlp_hidden = mlp_hidden_size or 4 * hidden_size
@@ -137,7 +148,9 @@ class DynamicTransformer(DynamicModel):
             always_on=always_on,
             num_frames=self.num_frames,
             ordered_width=width == "ordered",
-            width_macs=macs_of_width(width, hidden_size, num_attention_heads, groups, always_on),
+            width_macs=0.0
+            if baked is not None
+            else macs_of_width(width, hidden_size, num_attention_heads, groups, always_on),
             block_heads=pruned and pruned[0],
             block_hidden=pruned and pruned[1],
         )
@@ -149,6 +162,12 @@ class DynamicTransformer(DynamicModel):
         self.blocks = nn.ModuleList(self._make_block(index, width) for index in range(num_layers))
         for block in self.dynamic_blocks:
             block.norm2.eps = mlp_norm_eps
+        self.baked_widths: BakedWidths | None = None
+        if baked is not None:
+            self.baked_widths = BakedWidths(baked_schedules(baked), num_layers, num_attention_heads, groups)
+            for block in self.dynamic_blocks:
+                block.head_router = BakedHeadRouter(hidden_size, num_attention_heads, always_on)
+                block.channel_router = BakedChannelRouter(hidden_size, groups, always_on)
         self.final_layer = FinalLayer(hidden_size, patch_size, computed)
         self.budget_router: BudgetRouter | None = None
         self.budget = default_budget
@@ -210,21 +229,24 @@ class DynamicTransformer(DynamicModel):
         tokens: Tensor = self.x_embedder(hidden_states)
         return tokens + self.pos_embed
 
-    def entering(self, block: int, tokens: Tensor) -> Tensor:
-        """The (B, T, C) tokens as block number ``block`` receives them from the one before."""
-        return tokens
+    def offset_of(self, block: int) -> Tensor | None:
+        """(1, T, C), what block number ``block`` adds to the tokens that it receives; None for nothing."""
+        return None
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """(B, T, p * p * C_out) -> a sample with C_out channels."""
         side, patch = self.geometry.sample_size // self.geometry.patch_size, self.geometry.patch_size
-        grid = patches.view(len(patches), side, side, patch, patch, self.geometry.out_channels)
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(
-            len(patches), grid.shape[-1], side * patch, side * patch
-        )
+        batch = patches.shape[0]
+        grid = patches.view(batch, side, side, patch, patch, self.geometry.out_channels)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(batch, grid.shape[-1], side * patch, side * patch)
 
     def native_timestep(self, timestep: Tensor) -> Tensor:
         """Turn the caller's t into the embedder's."""
         return timestep
+
+    def given_timestep(self, native: float) -> float:
+        """The inverse of `native_timestep`, for messages."""
+        return native
 
     def native_prediction(self, sample: Tensor) -> Tensor:
         """Turn the final layer's channels into what the caller expects."""
@@ -260,7 +282,8 @@ class DynamicTransformer(DynamicModel):
         """See `ConditionedModel`."""
         labels = [] if self.y_embedder is None else [self.y_embedder]
         budgets = [] if self.budget_router is None else [self.budget_router]
-        return [self.t_embedder, *labels, *budgets, self.final_layer.adaLN_modulation]
+        baked = [] if self.baked_widths is None else [self.baked_widths]
+        return [self.t_embedder, *labels, *budgets, *baked, self.final_layer.adaLN_modulation]
 
     def embed_time(self, timestep: Tensor) -> Tensor:
         """See `ConditionedModel`."""
@@ -271,6 +294,12 @@ class DynamicTransformer(DynamicModel):
         """See `DynamicModel`."""
         told = self._told(None)
         return time_embedding if told is None else time_embedding + told.embedding
+
+    def width_gating(self, timestep: Tensor, gating: Gating) -> Gating:
+        """See `DynamicModel`."""
+        if self.baked_widths is None:
+            return gating
+        return baked_gating(self.baked_widths, self.native_timestep(timestep), gating, self.given_timestep)
 
     @property
     def budget_shift(self) -> float:
@@ -298,6 +327,8 @@ class DynamicTransformer(DynamicModel):
                 why=f"Its routers were trained for {self.budget_router.low:g} to {self.budget_router.high:g}.",
                 fix="Choose one in this range.",
             )
+        if self.baked_widths is not None and budget != self.budget:
+            raise fixed_widths(f"They are those of a budget of {self.budget:g}.")
         if self.budget_router is not None:
             self.budget_router.check_realised(budget)
         if budget != self.budget and self.budget_router is not None:
@@ -309,7 +340,7 @@ class DynamicTransformer(DynamicModel):
     def embed_labels(self, labels: Tensor) -> Tensor:
         """See `ConditionedModel`; a model without classes adds nothing."""
         if self.y_embedder is None:
-            return self.pos_embed.new_zeros(len(labels), self.geometry.hidden_size)
+            return self.pos_embed.new_zeros(labels.shape[0], self.geometry.hidden_size)
         embedding: Tensor = self.y_embedder(labels)
         return embedding
 
@@ -382,7 +413,7 @@ class DynamicTransformer(DynamicModel):
         self._check_input(hidden_states)
         if not isinstance(executor, CompactExecutor):
             self.require_stored(f"{executor.name.capitalize()} execution")
-        device, batch = hidden_states.device, len(hidden_states)
+        device, batch = hidden_states.device, hidden_states.shape[0]
         given = torch.as_tensor(timestep).reshape(-1)
         times = given.to(device).expand(batch)
         told = self._told(gating)
@@ -404,16 +435,20 @@ class DynamicTransformer(DynamicModel):
                 embedded = time_embedding + self.embed_labels(condition)
             if widths is None:
                 read = time_embedding if told is None else time_embedding + told.embedding
-                widths = executor.widths(self.dynamic_blocks, times, read, gating)
+                widths = executor.widths(self.dynamic_blocks, times, read, self.width_gating(times, gating))
         if told is not None:
             gating = ShiftedTokenGating(gating, told.tokens)
         compute = partial(self._computed, widths, executor, gating)
-        if isinstance(executor, StepRunner):
+        # A cache counts steps, and says itself what of them is computed: nobody runs one twice, or plays it back.
+        if isinstance(executor, StepRunner) and not is_cached(self.dynamic_blocks):
             step = Step(self, self.dynamic_blocks, widths, gating, hidden_states, embedded, planned, compute)
             sample, *keeps = executor.run_step(step)
-        else:
-            sample, *keeps = compute(hidden_states, embedded, planned)
-        return sample, Routing(tuple(map(routed, widths, keeps)))
+            return sample, Routing(tuple(map(routed, widths, keeps)))
+        decisions = Decisions()
+        with cache_context(self):
+            sample, *keeps = compute(hidden_states, embedded, planned, decisions)
+        ran = map(decisions.ran, range(len(widths)))
+        return sample, Routing(tuple(map(routed, widths, keeps, ran)))
 
     def _computed(
         self,
@@ -423,23 +458,24 @@ class DynamicTransformer(DynamicModel):
         hidden_states: Tensor,
         embedded: Tensor | None,
         planned: Tensor | None,
+        decisions: Decisions | None = None,
     ) -> tuple[Tensor, ...]:
-        """What follows once widths are decided; see `Step.compute`."""
+        """What follows once widths are decided; see `Step.compute`. ``decisions`` is this call's alone."""
+        decisions = decisions or Decisions()
         depth = len(self.dynamic_blocks)
         modulation = None if planned is None else StepModulation.of(planned, depth)
         tokens = self.embed_sample(hidden_states.to(self.pos_embed.dtype))
-        keeps = []
         for index, (block, width) in enumerate(zip(self.dynamic_blocks, widths, strict=True)):
-            tokens = self.entering(index, tokens)
             of_block = modulation.blocks[index] if modulation is not None else None
-            arguments = (tokens, embedded, width, executor, gating, index, of_block)
+            offset = self.offset_of(index)
+            arguments = (tokens, embedded, width, executor, gating, index, decisions, of_block, offset)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                tokens, keep = self._gradient_checkpointing_func(block, *arguments)
+                tokens = self._gradient_checkpointing_func(block, *arguments)
             else:
-                tokens, keep = block(*arguments)
-            keeps.append(keep)
+                tokens = block(*arguments)
         final = modulation.final if modulation is not None else None
         sample = self.unpatchify(self.final_layer(tokens, embedded, final))
+        keeps = (decisions.tokens(index, tokens) for index in range(depth))
         return self.native_prediction(sample), *keeps
 
     def _check_input(self, hidden_states: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dydit_cli.dynamic.gates import Gating
 from dydit_cli.dynamic.layers import WHOLE, DynamicAttention, DynamicMlp, Sequences
 from dydit_cli.dynamic.routers import TokenRouter, width_routers
+from dydit_cli.dynamic.routing import Decisions
 from dydit_cli.execution.compiled import BlockCompiler
 from dydit_cli.execution.interface import BlockWidth, BranchModulation, Executor, Modulation, modulate
 
@@ -154,27 +155,33 @@ class DynamicDiTBlock(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,
+        hidden_states: Tensor,
         condition: Tensor | None,
         width: BlockWidth,
         executor: Executor,
         gating: Gating,
         index: int,
+        decisions: Decisions,
         modulation: BranchModulation | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(B, N, C) tokens, (B, C) condition -> ((B, N, C) tokens, (B, N) mask of the tokens that entered the MLP).
+        offset: Tensor | None = None,
+    ) -> Tensor:
+        """(B, N, C) tokens, (B, C) condition -> (B, N, C) tokens; ``decisions`` gets the mask of those that entered the MLP.
 
-        ``modulation`` holds the adaLN values of attention and MLP if they are known; the condition is then not needed.
+        ``modulation`` holds the adaLN values of attention and MLP if they are known; the condition is then not needed. ``offset`` is
+        added to the tokens first, here and not before, so that whoever skips the block skips it too.
         """
+        if offset is not None:
+            hidden_states = hidden_states + offset
         if modulation is None:
             values = self.adaLN_modulation(condition).chunk(6, dim=1)
             modulation = Modulation(*values[:3]), Modulation(*values[3:])
         if isinstance(executor, BlockCompiler):
-            done = executor.run_block(self, tokens, modulation, width, gating, index)
+            done = executor.run_block(self, hidden_states, modulation, width, gating, index)
             if done is not None:
-                return done
+                decisions.note(index, done[1])
+                return done[0]
         for_attention, for_mlp = modulation
-        tokens = executor.attend(self, tokens, for_attention, width)
+        tokens = executor.attend(self, hidden_states, for_attention, width)
         keep = executor.select(self.token_router, tokens, gating, index)
-        tokens = executor.feed_forward(self, tokens, for_mlp, width, keep)
-        return tokens, keep
+        decisions.note(index, keep)
+        return executor.feed_forward(self, tokens, for_mlp, width, keep)

@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from dydit_cli.dynamic.gates import CompleteGating, Gating, ThresholdGating
 from dydit_cli.dynamic.geometry import Geometry
-from dydit_cli.dynamic.routing import BlockRouting, Routing
+from dydit_cli.dynamic.routing import BlockRouting, Decisions, Routing
 from dydit_cli.errors import DyditError
 from dydit_cli.execution import (
     BlockWidth,
@@ -30,10 +31,11 @@ from dydit_cli.execution.freeing import free_weights, restore_weights
 from dydit_cli.execution.graphs import GraphedCompactExecutor, GraphRunner
 from dydit_cli.execution.slabs import freed_of
 from dydit_cli.execution.units import SlicedLayer
+from dydit_cli.families.caching import check_cache, register_blocks
 from dydit_cli.families.timed_layers import insert_timed_layers
 
 
-class DynamicModel(ModelMixin, ConfigMixin):
+class DynamicModel(ModelMixin, ConfigMixin, CacheMixin):
     """A diffusers model with routers; the constructor of a subclass ends with `begin_dynamic`.
 
     Attributes:
@@ -56,6 +58,7 @@ class DynamicModel(ModelMixin, ConfigMixin):
             insert_timed_layers(self, settings, self.geometry.hidden_size)
         self.keep_bias = 0.0
         self._executor = self.make_executor("dense")
+        register_blocks(self.dynamic_blocks)
 
     @classmethod
     def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
@@ -97,6 +100,10 @@ class DynamicModel(ModelMixin, ConfigMixin):
     def router_input(self, time_embedding: Tensor) -> Tensor:
         """(S, C) timestep embeddings -> what the width routers read: the same, unless the model has budgets."""
         return time_embedding
+
+    def width_gating(self, timestep: Tensor, gating: Gating) -> Gating:
+        """The rule that decides widths at (S,) timesteps: ``gating``, unless the model's widths are written down."""
+        return gating
 
     @property
     def budget_shift(self) -> float:
@@ -229,6 +236,23 @@ class DynamicModel(ModelMixin, ConfigMixin):
             why="Its routers were trained for one ratio.",
             fix="Fine-tune with budgets, such as budgets=0.3,1.0; or use keep_bias, a dial without training.",
         )
+
+    # ------------------------------------------------------------------ step caches
+
+    def enable_cache(self, config: Any) -> None:
+        """Reuse what earlier steps computed, by one of diffusers' step caches; see `CacheMixin`.
+
+        Raises:
+            DyditError: For caches that would be without effect here, or wrong.
+        """
+        usable = check_cache(self, self.dynamic_blocks, config)
+        register_blocks(self.dynamic_blocks, wanted=True)
+        super().enable_cache(usable)
+
+    def begin_run(self) -> None:
+        """Have step caches forget the steps of another sampling run, as pipelines of diffusers do when they end."""
+        if getattr(self, "_diffusers_hook", None) is not None:
+            self._reset_stateful_cache()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicModel:
         """Cast or move; copies that compact execution made of the old tensors are freed with them.
@@ -390,9 +414,8 @@ class DynamicModel(ModelMixin, ConfigMixin):
         times = torch.as_tensor(timestep, device=self.device).reshape(-1)
         if isinstance(gating, ThresholdGating):
             gating = ThresholdGating(gating.keep_bias + self.budget_shift)
-        widths = DenseExecutor().widths(
-            self.dynamic_blocks, times, self.router_input(self.embed_time(times)), gating
-        )
+        read = self.router_input(self.embed_time(times))
+        widths = DenseExecutor().widths(self.dynamic_blocks, times, read, self.width_gating(times, gating))
         ones = torch.ones(len(times), self.geometry.num_tokens, device=self.device)
         return Routing(tuple(routed(width, ones) for width in widths))
 
@@ -409,6 +432,17 @@ class DynamicModel(ModelMixin, ConfigMixin):
         ]
 
 
-def routed(width: BlockWidth, tokens: Tensor) -> BlockRouting:
-    """A block's decisions: its width and the (B, N) mask of its tokens."""
-    return BlockRouting(width.heads, width.groups, tokens, width.context_groups)
+def routed(width: BlockWidth, tokens: Tensor, ran: bool = True) -> BlockRouting:
+    """A block's decisions: its width and the (B, N) mask of its tokens; zeros if the block did not run."""
+    decided = BlockRouting(width.heads, width.groups, tokens, width.context_groups)
+    return decided if ran else decided.map(torch.zeros_like)
+
+
+def routing_of(widths: Sequence[BlockWidth], decisions: Decisions, tokens: Tensor) -> Routing:
+    """What the blocks of a forward decided that ended with (B, N, C) tokens."""
+    return Routing(
+        tuple(
+            routed(width, decisions.tokens(index, tokens), decisions.ran(index))
+            for index, width in enumerate(widths)
+        )
+    )

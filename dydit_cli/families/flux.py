@@ -23,11 +23,12 @@ from diffusers.utils import (
 from torch import Tensor, nn
 
 from dydit_cli.dynamic.gates import Gating, ThresholdGating
-from dydit_cli.dynamic.routing import BlockRouting, Routing
+from dydit_cli.dynamic.routing import Decisions, Routing
 from dydit_cli.errors import DyditError, did_you_mean
 from dydit_cli.execution import CompactExecutor, Executor, StaticExecutor, WidthPlan
 from dydit_cli.families.backbone import check_divides, same_for_all
-from dydit_cli.families.dynamic_model import DynamicModel, routed
+from dydit_cli.families.caching import between_cached_blocks, cache_context, is_cached
+from dydit_cli.families.dynamic_model import DynamicModel, routing_of
 from dydit_cli.families.flux_blocks import DynamicFluxBlock, DynamicFluxSingleBlock, FluxBlockShape
 from dydit_cli.families.flux_geometry import PATCH, FluxGeometry
 from dydit_cli.families.text_condition import TextCondition
@@ -362,7 +363,7 @@ class DyFluxTransformer2DModel(DynamicModel, FluxTransformer2DModel):
             packed,
             condition.prompt_embeds.to(device, dtype),
             condition.pooled.to(device, dtype),
-            torch.as_tensor(timestep, device=device).reshape(-1).expand(len(hidden_states)),
+            torch.as_tensor(timestep, device=device).reshape(-1).expand(hidden_states.shape[0]),
             image_ids(height, width, device, dtype),
             torch.zeros(condition.prompt_embeds.shape[1], 3, device=device, dtype=dtype),
             guidance,
@@ -397,7 +398,7 @@ class DyFluxTransformer2DModel(DynamicModel, FluxTransformer2DModel):
             others = {name: value for name, value in keywords.items() if name != "ip_adapter_image_embeds"}
             keywords = {**others, "ip_hidden_states": self.encoder_hid_proj(images)}
         image = self.x_embedder(hidden_states)
-        batch = len(image)
+        batch = image.shape[0]
         times = timestep.reshape(-1).to(image.device, image.dtype)
         widths = None
         if isinstance(executor, CompactExecutor):
@@ -412,34 +413,28 @@ class DyFluxTransformer2DModel(DynamicModel, FluxTransformer2DModel):
         ids = [part[0] if part.ndim == 3 else part for part in (txt_ids, img_ids)]
         rope = self.pos_embed(torch.cat(ids, dim=0))
 
-        decisions: list[BlockRouting] = []
+        decisions = Decisions()
+        index = 0
         groups = (
             (self.transformer_blocks, residuals, residuals_go_round),
             (self.single_transformer_blocks, single_residuals, False),
         )
-        for blocks, added, go_round in groups:
-            for number, block in enumerate(blocks):
-                index = len(decisions)
-                arguments = (
-                    image,
-                    text,
-                    conditioning,
-                    rope,
-                    keywords,
-                    widths[index],
-                    executor,
-                    gating,
-                    index,
-                )
-                if self.gradient_checkpointing and torch.is_grad_enabled():
-                    image, text, keep = self._gradient_checkpointing_func(block, *arguments)
-                else:
-                    image, text, keep = block(*arguments)
-                decisions.append(routed(widths[index], keep))
-                if added is not None:
-                    image = image + residual_of(added, number, len(blocks), go_round)
-        predicted = self.proj_out(self.norm_out(image, conditioning))
-        return predicted, Routing(tuple(decisions))
+        if (residuals is not None or single_residuals is not None) and is_cached(self.dynamic_blocks):
+            raise between_cached_blocks("ControlNet residuals")
+        with cache_context(self):
+            for blocks, added, go_round in groups:
+                for number, block in enumerate(blocks):
+                    how = (widths[index], executor, gating, index, decisions)
+                    arguments = (image, text, conditioning, rope, keywords, *how)
+                    if self.gradient_checkpointing and torch.is_grad_enabled():
+                        image, text = self._gradient_checkpointing_func(block, *arguments)
+                    else:
+                        image, text = block(*arguments)
+                    if added is not None:
+                        image = image + residual_of(added, number, len(blocks), go_round)
+                    index += 1
+            predicted = self.proj_out(self.norm_out(image, conditioning))
+        return predicted, routing_of(widths, decisions, image)
 
     def _conditioning(
         self, time_embedding: Tensor, guidance: Tensor | None, pooled: Tensor, scaled_in: torch.dtype
@@ -461,18 +456,6 @@ class DyFluxTransformer2DModel(DynamicModel, FluxTransformer2DModel):
         return conditioning
 
     # ------------------------------------------------------------------ what diffusers' class offers and this one does not
-
-    def enable_cache(self, config: Any) -> None:
-        """Refuse diffusers' caches.
-
-        Raises:
-            DyditError: Always.
-        """
-        raise DyditError(
-            f"A dynamic FLUX takes no {type(config).__name__}.",
-            why="diffusers' caches skip blocks or attention by rules of their own, and would be without effect or wrong here.",
-            fix="Use them on the static model of `dydit export --format static`, or lower keep_bias to skip more.",
-        )
 
     @classmethod
     def from_single_file(cls, *arguments: Any, **options: Any) -> Any:
@@ -589,7 +572,8 @@ def residual_of(samples: Sequence[Tensor], number: int, blocks: int, go_round: b
 
 def pack_latents(latents: Tensor) -> Tensor:
     """(B, C, h, w) -> (B, h/2 * w/2, 4C): rows of 2x2 patches; in a token channels first, then the patch's rows."""
-    patches = latents.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))
+    height, width = (side // PATCH for side in latents.shape[2:])
+    patches = latents.unflatten(3, (width, PATCH)).unflatten(2, (height, PATCH))
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 

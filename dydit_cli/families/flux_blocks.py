@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from dydit_cli.dynamic.gates import Gating
 from dydit_cli.dynamic.routers import ChannelRouter, HeadRouter, WidthRouter, width_routers
+from dydit_cli.dynamic.routing import Decisions
 from dydit_cli.dynamic.stream_routers import FullTokenRouter, LowRankTokenRouter
 from dydit_cli.execution.interface import BlockWidth
-from dydit_cli.execution.streams import Decided, Rope, StreamCall, StreamExecutor
+from dydit_cli.execution.streams import Rope, StreamCall, StreamExecutor
 from dydit_cli.execution.streams_slabs import (
     BlockPart,
     image_channels,
@@ -171,10 +172,14 @@ class DynamicFluxBlock(FluxTransformerBlock):
         executor: StreamExecutor,
         gating: Gating,
         index: int,
-    ) -> Decided:
-        """diffusers' arguments, then how to run -> image and text tokens, and the mask of the image tokens not skipped."""
+        decisions: Decisions,
+    ) -> tuple[Tensor, Tensor]:
+        """diffusers' arguments, then how to run -> image and text tokens; ``decisions`` gets the mask of those not skipped."""
         arguments = (hidden_states, encoder_hidden_states, temb, image_rotary_emb)
-        return executor.double(self, StreamCall(*arguments, width, gating, index, joint_attention_kwargs))
+        call = StreamCall(*arguments, width, gating, index, joint_attention_kwargs)
+        image, text, keep = executor.double(self, call)
+        decisions.note(index, keep)
+        return image, text
 
 
 class DynamicFluxSingleBlock(FluxSingleTransformerBlock):
@@ -242,7 +247,11 @@ class DynamicFluxSingleBlock(FluxSingleTransformerBlock):
         executor: StreamExecutor,
         gating: Gating,
         index: int,
-    ) -> Decided:
-        """diffusers' arguments, then how to run -> image and text tokens, and the mask of the image tokens not skipped."""
+        decisions: Decisions,
+    ) -> tuple[Tensor, Tensor]:
+        """diffusers' arguments, then how to run -> image and text tokens; ``decisions`` gets the mask of those not skipped."""
         arguments = (hidden_states, encoder_hidden_states, temb, image_rotary_emb)
-        return executor.single(self, StreamCall(*arguments, width, gating, index, joint_attention_kwargs))
+        call = StreamCall(*arguments, width, gating, index, joint_attention_kwargs)
+        image, text, keep = executor.single(self, call)
+        decisions.note(index, keep)
+        return image, text

@@ -42,7 +42,7 @@ class DyLatteTransformer3DModel(DynamicTransformer):
         num_groups: G; None means H. Divides ``mlp_hidden_size``.
         always_on: Whether the most important head and group have no router row and are always on.
         out_channels: Channels that a forward returns. It follows from the others.
-        width, budgets, default_budget, td_lora: See `DynamicTransformer`.
+        width, budgets, default_budget, td_lora, baked: See `DynamicTransformer`.
 
     Raises:
         DyditError: If the numbers do not fit together.
@@ -71,6 +71,7 @@ class DyLatteTransformer3DModel(DynamicTransformer):
         budgets: Sequence[float] | None = None,
         default_budget: float | None = None,
         td_lora: Mapping[str, Any] | None = None,
+        baked: Mapping[str, Any] | None = None,
     ) -> None:
         if num_frames < 1:
             raise DyditError(
@@ -95,6 +96,7 @@ class DyLatteTransformer3DModel(DynamicTransformer):
             budgets=budgets,
             default_budget=default_budget,
             td_lora=td_lora,
+            baked=baked,
         )
         # As the original: a parameter without gradient, part of its files.
         self.temp_embed = nn.Parameter(torch.zeros(1, num_frames, hidden_size), requires_grad=False)
@@ -117,12 +119,11 @@ class DyLatteTransformer3DModel(DynamicTransformer):
         frames = super().embed_sample(hidden_states.flatten(0, 1))
         return frames.unflatten(0, (-1, self.num_frames)).flatten(1, 2)
 
-    def entering(self, block: int, tokens: Tensor) -> Tensor:
+    def offset_of(self, block: int) -> Tensor | None:
         """The number of the frame is added once, to what the first temporal block receives."""
         if block != 1:
-            return tokens
-        frames = tokens.unflatten(1, (self.num_frames, -1))
-        return (frames + self.temp_embed[:, :, None]).flatten(1, 2)
+            return None
+        return self.temp_embed.repeat_interleave(self.geometry.num_tokens // self.num_frames, dim=1)
 
     def unpatchify(self, patches: Tensor) -> Tensor:
         """(B, F * N, p * p * C_out) -> (B, F, C_out, h, w)."""

@@ -20,12 +20,13 @@ from diffusers.models.normalization import AdaLayerNormSingle
 from torch import Tensor, nn
 
 from dydit_cli.dynamic.gates import Gating, ThresholdGating
-from dydit_cli.dynamic.routing import BlockRouting, Routing
+from dydit_cli.dynamic.routing import Decisions, Routing
 from dydit_cli.errors import DyditError
 from dydit_cli.execution import BlockWidth, CompactExecutor, Executor, WidthPlan
 from dydit_cli.execution.interface import modulate
 from dydit_cli.families.backbone import check_divides, same_for_all
-from dydit_cli.families.dynamic_model import DynamicModel, routed
+from dydit_cli.families.caching import between_cached_blocks, cache_context, is_cached
+from dydit_cli.families.dynamic_model import DynamicModel, routing_of
 from dydit_cli.families.latte_t2v_blocks import DynamicLatteT2VBlock
 from dydit_cli.families.latte_t2v_geometry import LatteT2VGeometry
 from dydit_cli.families.prompt_condition import PromptCondition
@@ -175,7 +176,7 @@ class DyLatteT2VTransformer3DModel(DynamicModel):
     def embed_time(self, timestep: Tensor) -> Tensor:
         """(S,) t -> (S, C), the output of the time MLP alone."""
         dtype = self.pos_embed.proj.weight.dtype
-        embedding: Tensor = self.adaln_single.emb(timestep, None, None, len(timestep), dtype)
+        embedding: Tensor = self.adaln_single.emb(timestep, None, None, timestep.shape[0], dtype)
         return embedding
 
     def example_inputs(self, batch: int, seed: int) -> tuple[Tensor, PromptCondition]:
@@ -301,7 +302,7 @@ class DyLatteT2VTransformer3DModel(DynamicModel):
         executor = executor or self._executor
         gating = gating or ThresholdGating(self.keep_bias)
         self._check_input(hidden_states, enable_temporal_attentions)
-        device, batch, frames = hidden_states.device, len(hidden_states), hidden_states.shape[2]
+        device, batch, frames = hidden_states.device, hidden_states.shape[0], hidden_states.shape[2]
         given = torch.as_tensor(timestep).reshape(-1)
         times = given.to(device).expand(batch)
         dtype = self.pos_embed.proj.weight.dtype
@@ -316,27 +317,30 @@ class DyLatteT2VTransformer3DModel(DynamicModel):
             widths = executor.known(self, same_for_all(given.tolist()), batch, gating)
         if widths is None:
             widths = executor.widths(self.dynamic_blocks, times, time_embedding, gating)
-        decided = []
-        for index, (block, width) in enumerate(zip(self.dynamic_blocks, widths, strict=True)):
-            if index % 2 and not enable_temporal_attentions:
-                decided.append(_nothing(width, tokens))
-                continue
-            if index == 1 and frames > 1:
-                table = self.temp_pos_embed.to(tokens.dtype)
-                tokens = (tokens.unflatten(1, (frames, -1)) + table[:, :, None]).flatten(1, 2)
-            arguments = (tokens, shared, prompt, mask, width, executor, gating, index)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                tokens, keep = self._gradient_checkpointing_func(block, *arguments)
-            else:
-                tokens, keep = block(*arguments)
-            decided.append(routed(width, keep))
-        shift, scale = (self.scale_shift_table + time_embedding[:, None]).chunk(2, dim=1)
-        patches = self.proj_out(modulate(self.norm_out(tokens), shift, scale))
-        return self._unpatchify(patches, frames), Routing(tuple(decided))
+        if not enable_temporal_attentions and is_cached(self.dynamic_blocks):
+            raise between_cached_blocks("Spatial blocks alone")
+        decisions = Decisions()
+        with cache_context(self):
+            for index, (block, width) in enumerate(zip(self.dynamic_blocks, widths, strict=True)):
+                if index % 2 and not enable_temporal_attentions:
+                    continue
+                offset = self._times(tokens, frames) if index == 1 and frames > 1 else None
+                arguments = (tokens, shared, prompt, mask, width, executor, gating, index, decisions, offset)
+                if self.gradient_checkpointing and torch.is_grad_enabled():
+                    tokens = self._gradient_checkpointing_func(block, *arguments)
+                else:
+                    tokens = block(*arguments)
+            shift, scale = (self.scale_shift_table + time_embedding[:, None]).chunk(2, dim=1)
+            patches = self.proj_out(modulate(self.norm_out(tokens), shift, scale))
+        return self._unpatchify(patches, frames), routing_of(widths, decisions, tokens)
+
+    def _times(self, tokens: Tensor, frames: int) -> Tensor:
+        """(1, F * N, C), the place in time of each of (B, F * N, C) tokens."""
+        return self.temp_pos_embed.to(tokens.dtype).repeat_interleave(tokens.shape[1] // frames, dim=1)
 
     def _embed_frames(self, hidden_states: Tensor) -> Tensor:
         """(B, C_in, F, h, w) -> (B, F * N, C), each token with its place in the frame."""
-        batch, frames = len(hidden_states), hidden_states.shape[2]
+        batch, frames = hidden_states.shape[0], hidden_states.shape[2]
         tokens: Tensor = self.pos_embed(hidden_states.transpose(1, 2).flatten(0, 1))
         # Contiguous, because token gathering flattens batch and tokens in every block.
         return tokens.unflatten(0, (batch, frames)).flatten(1, 2).contiguous()
@@ -345,10 +349,11 @@ class DyLatteT2VTransformer3DModel(DynamicModel):
         """(B, F * N, p * p * C_out) -> (B, C_out, F, h, w)."""
         geometry = self.geometry
         side, patch = geometry.sample_size // geometry.patch_size, geometry.patch_size
-        grid = patches.view(len(patches), frames, side, side, patch, patch, geometry.out_channels)
+        batch = patches.shape[0]
+        grid = patches.view(batch, frames, side, side, patch, patch, geometry.out_channels)
         pixels = grid.permute(0, 6, 1, 2, 4, 3, 5)
         return pixels.reshape(
-            len(patches), geometry.out_channels, frames, geometry.sample_size, geometry.sample_size
+            batch, geometry.out_channels, frames, geometry.sample_size, geometry.sample_size
         )
 
     def _check_input(self, hidden_states: Tensor, temporal: bool) -> None:
@@ -393,10 +398,3 @@ def _for_attention(mask: Tensor | None, tokens: Tensor, frames: int) -> Tensor |
     if mask.dim() == 2:
         return of_type[:, None, None]
     return of_type.repeat_interleave(tokens.shape[1] // frames, dim=1)[:, None]
-
-
-def _nothing(width: BlockWidth, tokens: Tensor) -> BlockRouting:
-    """The decisions of a block that does not run."""
-    return BlockRouting(
-        torch.zeros_like(width.heads), torch.zeros_like(width.groups), tokens.new_zeros(tokens.shape[:2])
-    )

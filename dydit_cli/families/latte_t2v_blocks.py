@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dydit_cli.dynamic.gates import Gating
 from dydit_cli.dynamic.routers import TokenRouter, width_routers
+from dydit_cli.dynamic.routing import Decisions
 from dydit_cli.execution.interface import BlockWidth, DynamicBlock, Executor, Modulation
 from dydit_cli.families.split_layers import AlongFrames, InsideFrames, SplitAttention, SplitMlp
 
@@ -130,7 +131,7 @@ class DynamicLatteT2VBlock(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,
+        hidden_states: Tensor,
         shared: Tensor,
         prompt: Tensor,
         mask: Tensor | None,
@@ -138,11 +139,13 @@ class DynamicLatteT2VBlock(nn.Module):
         executor: Executor,
         gating: Gating,
         index: int,
-    ) -> tuple[Tensor, Tensor]:
+        decisions: Decisions,
+        offset: Tensor | None = None,
+    ) -> Tensor:
         """Run the block.
 
         Args:
-            tokens: (B, F * N, C).
+            hidden_states: (B, F * N, C) tokens.
             shared: (B, 6, C), the values that the shared adaLN layer gives to all blocks.
             prompt: (B, L, C).
             mask: Of the prompt; see `CrossAttention`.
@@ -150,16 +153,19 @@ class DynamicLatteT2VBlock(nn.Module):
             executor: How masks become arithmetic.
             gating: How logits become masks.
             index: Number of the block.
+            decisions: Gets the (B, F * N) mask of the tokens that entered the MLP.
+            offset: (1, F * N, C), added to the tokens first; see `DynamicDiTBlock`.
 
         Returns:
-            (B, F * N, C) tokens and the (B, F * N) mask of those that entered the MLP.
+            (B, F * N, C) tokens.
         """
         values = (self.scale_shift_table + shared).unbind(1)
         # Its layers answer to the names of those that executors were written for.
         block = cast(DynamicBlock, self)
+        tokens = hidden_states if offset is None else hidden_states + offset
         tokens = executor.attend(block, tokens, Modulation(*values[:3]), width)
         if self.attn2 is not None:
             tokens = tokens + self.attn2(tokens, prompt, mask)
         keep = executor.select(self.token_router, tokens, gating, index)
-        tokens = executor.feed_forward(block, tokens, Modulation(*values[3:]), width, keep)
-        return tokens, keep
+        decisions.note(index, keep)
+        return executor.feed_forward(block, tokens, Modulation(*values[3:]), width, keep)

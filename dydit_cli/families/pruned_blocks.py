@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dydit_cli.dynamic.gates import Gating
 from dydit_cli.dynamic.layers import WHOLE, DynamicAttention, DynamicMlp, Sequences
+from dydit_cli.dynamic.routing import Decisions
 from dydit_cli.errors import DyditError
 from dydit_cli.execution.compiled import CompiledStaticExecutor
 from dydit_cli.execution.interface import (
@@ -82,31 +83,34 @@ class PrunedDiTBlock(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,
+        hidden_states: Tensor,
         condition: Tensor | None,
         width: BlockWidth,
         executor: Executor,
         gating: Gating,
         index: int,
+        decisions: Decisions,
         modulation: BranchModulation | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        offset: Tensor | None = None,
+    ) -> Tensor:
         """See `DynamicDiTBlock`; every token enters the MLP."""
         if modulation is None:
             values = self.adaLN_modulation(condition).chunk(6, dim=1)
             modulation = Modulation(*values[:3]), Modulation(*values[3:])
-        keep = tokens.new_ones(1, 1).expand(tokens.shape[0], tokens.shape[1])
+        tokens = hidden_states if offset is None else hidden_states + offset
+        decisions.note(index, tokens.new_ones(1, 1).expand(tokens.shape[0], tokens.shape[1]))
         if isinstance(executor, CompiledStaticExecutor):
             # The static graph reads attention and MLP alone, so that it does not miss the routers.
             done = executor.run_block(cast(DynamicBlock, self), tokens, modulation, width, gating, index)
             if done is not None:
-                return done[0], keep
+                return done[0]
         attention, mlp = modulation
         inputs = modulated(self.norm1(tokens), attention.shift[:, None], attention.scale[:, None])
         tokens = add_gated(
             tokens, attention.gate[:, None], attention_with(self.attn, inputs, None, width.time)
         )
         inputs = modulated(self.norm2(tokens), mlp.shift[:, None], mlp.scale[:, None])
-        return add_gated(tokens, mlp.gate[:, None], mlp_with(self.mlp, inputs, None, width.time)), keep
+        return add_gated(tokens, mlp.gate[:, None], mlp_with(self.mlp, inputs, None, width.time))
 
 
 def check_pruned(

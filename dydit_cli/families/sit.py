@@ -37,6 +37,10 @@ class DySiTPipelineTransformer2DModel(DySiTTransformer2DModel):
         """t = 1 - timestep / 1000."""
         return 1 - timestep.float() / 1000
 
+    def given_timestep(self, native: float) -> float:
+        """The inverse."""
+        return (1 - native) * 1000
+
     def native_prediction(self, sample: Tensor) -> Tensor:
         """Turn the velocity towards the noise."""
         return -super().native_prediction(sample)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from dydit_cli.inspection.adapter import adapters_in
 from dydit_cli.inspection.checkpoint import model_of, stored_of
 from dydit_cli.inspection.keys import grouped
 from dydit_cli.inspection.report import Inspection, Keys, Routers
+from dydit_cli.shell import quoted
 
 FACTS = ("ratio", "target_ratio", "steps", "held_out_loss", "total_ratio", "trajectory_ratio", "static_gmacs")
 SETTINGS = ("target_ratio", "data", "method", "format", "importance", "grouping", "seed")
@@ -71,7 +71,9 @@ def inspect_artifact(folder: Path) -> Inspection:
     specs = lazily(checkpoint.tensors).specs
     expected = model.state_dict()
     routers = sum(spec.numel for key, spec in specs.items() if "_router." in key)
-    static = sum(spec.numel for key, spec in specs.items() if not is_ours(key))
+    static = sum(
+        spec.numel for key, spec in specs.items() if not (is_ours(key) or key.startswith("baked_widths."))
+    )
     unknown = [key for key in specs if key not in expected]
     missing = [key for key in expected if key not in specs]
     found = replace(
@@ -108,7 +110,7 @@ def inspect_unfinished(folder: Path) -> Inspection:
     """Inspect a fine-tuning that has checkpoints and no final weights yet."""
     steps = sorted(entry.name for entry in (folder / "checkpoints").iterdir() if entry.is_dir())
     recipe = folder / "recipe.yaml"
-    resume = f"dydit finetune {shlex.quote(str(recipe))} --resume" if recipe.exists() else None
+    resume = f"dydit finetune {quoted(recipe)} --resume" if recipe.exists() else None
     return Inspection(
         path=str(folder),
         kind="unfinished run",
@@ -146,6 +148,7 @@ def _routers(config: Mapping[str, Any], parameters: int) -> Routers | None:
         width=str(config.get("width", "free")),
         always_on=bool(config.get("always_on", True)),
         budgets=tuple(config["budgets"]) if config.get("budgets") else None,
+        baked_steps=(config.get("baked") or {}).get("steps"),
     )
 
 
@@ -160,8 +163,10 @@ def _problem(error: Exception, place: Path) -> dict[str, str]:
 
 
 def _next_command(found: Inspection) -> str | None:
-    model = shlex.quote(found.path)
+    model = quoted(found.path)
     missing = family_named(found.families[0]).missing
+    if found.routers is not None and found.routers.baked_steps is not None:
+        return f"dydit sample --model {model} --steps {found.routers.baked_steps} --out runs/samples"
     if found.kind == "pipeline":
         return f"dydit profile --model {model}"
     if found.stage == "convert" and "ratio" not in found.facts:
@@ -174,9 +179,9 @@ def _next_command(found: Inspection) -> str | None:
 def _after_results(stage: str, folder: Path, manifest: Mapping[str, Any]) -> str | None:
     parent = (manifest.get("parent") or {}).get("path")
     if stage in ("profile", "evaluate"):
-        return f"dydit compare {shlex.quote(str(folder))}"
+        return f"dydit compare {quoted(folder)}"
     if stage == "prepare":
-        return f"dydit finetune --model MODEL --data {shlex.quote(str(folder))} --steps STEPS --out runs/finetuned"
+        return f"dydit finetune --model MODEL --data {quoted(folder)} --steps STEPS --out runs/finetuned"
     if stage == "sample" and parent:
-        return f"dydit evaluate {shlex.quote(str(folder))}"
+        return f"dydit evaluate {quoted(folder)}"
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.families.family import Family, Hints, Source
 from dydit_cli.inspection.keys import Witnessed, dtypes_of, grouped
 from dydit_cli.inspection.report import Inspection, Keys, Routers, Stored
+from dydit_cli.shell import quoted
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 TABLES = ("pos_embed", "temp_pos_embed", "y_embedding")
@@ -166,4 +166,4 @@ def _epsilon(source: Source) -> str | None:
 
 def _next_command(found: Inspection, source: Source) -> str:
     family = f" --family {found.families[0]}" if len(found.families) == 1 else " --family FAMILY"
-    return f"dydit convert --checkpoint {shlex.quote(found.path)}{family} --out runs/converted"
+    return f"dydit convert --checkpoint {quoted(found.path)}{family} --out runs/converted"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from dydit_cli.inspection.artifact import (
 )
 from dydit_cli.inspection.checkpoint import inspect_checkpoint, weight_files
 from dydit_cli.inspection.report import Inspection, Stored
+from dydit_cli.shell import quoted
 
 SCORES = "importance.safetensors"
 
@@ -65,7 +65,7 @@ def _file(path: Path, hints: Hints | None, named: str | None, family: str | None
             path=str(path),
             kind="scores",
             notes=("Importance scores of a conversion.",),
-            next=f"dydit convert --checkpoint CHECKPOINT --importance {shlex.quote(str(path))} --out runs/converted",
+            next=f"dydit convert --checkpoint CHECKPOINT --importance {quoted(path)} --out runs/converted",
         )
     if path.suffix == ".safetensors" and is_adapter_file(read_header(path)):
         return _adapter(path, inspect_folder=False)
@@ -89,7 +89,7 @@ def _adapter(path: Path, *, inspect_folder: bool) -> Inspection:
         dtypes=adapters[0].dtypes,
     )
     ours = adapters[0].names == "dydit"
-    quoted = shlex.quote(str(path))
+    adapter = quoted(path)
     return Inspection(
         path=str(path),
         kind="adapter",
@@ -97,7 +97,7 @@ def _adapter(path: Path, *, inspect_folder: bool) -> Inspection:
         adapters=adapters,
         next=None
         if ours
-        else f"dydit convert --checkpoint CHECKPOINT --lora {quoted}:1.0 --out runs/converted",
+        else f"dydit convert --checkpoint CHECKPOINT --lora {adapter}:1.0 --out runs/converted",
     )
 
 

@@ -75,6 +75,7 @@ class Routers:
         width: ``free`` or ``ordered``.
         always_on: Whether the most important head and group have no row.
         budgets: Least and largest ratio that they serve, where they are told one.
+        baked_steps: Sampling steps of the schedule whose widths are written down, of a model without width routers.
     """
 
     origin: str
@@ -82,6 +83,7 @@ class Routers:
     width: str = "free"
     always_on: bool = True
     budgets: tuple[float, ...] | None = None
+    baked_steps: int | None = None
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,8 @@ def prepare(
     """
     out = Path(settings.out)
     pipeline = open_pipeline(settings.pipeline) if settings.pipeline is not None else None
-    _make_room(out, settings)
+    if check_room(out, settings):
+        shutil.rmtree(out)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     if settings.prompts is not None:
@@ -111,7 +112,12 @@ def prepare(
     return report
 
 
-def _make_room(out: Path, settings: PrepareSection) -> None:
+def check_room(out: Path, settings: PrepareSection) -> bool:
+    """Whether an older cache stands where this one goes, and is to be replaced.
+
+    Raises:
+        DyditError: If something stands there that may not be.
+    """
     if settings.resume:
         if out.exists() and any(out.iterdir()) and not any(out.glob("*.safetensors")):
             raise DyditError(
@@ -119,7 +125,7 @@ def _make_room(out: Path, settings: PrepareSection) -> None:
                 why="It holds other things.",
                 fix="Choose another --out.",
             )
-        return
+        return False
     refuse_existing(out, settings.overwrite)
     if out.is_dir() and any(out.iterdir()):
         if not any(
@@ -130,7 +136,8 @@ def _make_room(out: Path, settings: PrepareSection) -> None:
                 why="--overwrite replaces caches only.",
                 fix="Choose another --out, or empty that folder yourself.",
             )
-        shutil.rmtree(out)
+        return True
+    return False
 
 
 def _from_pictures(
@@ -140,16 +147,15 @@ def _from_pictures(
     if settings.data is None:
         raise TypeError("the schema asks for data without prompts")
     on_progress("looking for pictures", 0, 1)
-    pictures = find_pictures(settings.data)
-    texts = pipeline is not None
-    kept = captioned(pictures, settings.caption) if texts else labelled(pictures)
-    if settings.limit is not None:
-        kept = kept[:: max(1, len(kept) // settings.limit)][: settings.limit]
     device = find_device(settings.device)
-    vae_folder = Path(settings.vae).expanduser() if settings.vae else _vae_of(pipeline)
-    autoencoder = open_autoencoder(vae_folder, torch.device("cpu"))
-    prompts = list(dict.fromkeys(str(picture.caption) for picture in kept)) if texts else []
-    shards = _plan(settings, pictures, kept, prompts, autoencoder, square=not texts)
+    planned = plan_pictures(settings, pipeline)
+    pictures, prompts, shards, autoencoder = (
+        planned.pictures,
+        planned.prompts,
+        planned.shards,
+        planned.autoencoder,
+    )
+    texts = pipeline is not None
     shape: TextShape | None = None
     files: tuple[TextShard, ...] = ()
     if pipeline is not None:
@@ -181,7 +187,50 @@ def _from_pictures(
         text=shape,
         texts=files,
     )
-    return index, _report(settings, index, shards, len(prompts), len(pictures.found) - len(kept), reused)
+    return index, _report(settings, index, shards, len(prompts), planned.left_out, reused)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a preparation will make of pictures.
+
+    Attributes:
+        pictures: The collection.
+        prompts: Distinct captions; none where classes are stored.
+        shards: Which picture goes into which file.
+        autoencoder: On the CPU.
+        left_out: Pictures without a caption or class, or beyond the limit.
+    """
+
+    pictures: Pictures
+    prompts: list[str]
+    shards: list[PlannedShard]
+    autoencoder: Autoencoder
+    left_out: int
+
+
+def plan_pictures(settings: PrepareSection, pipeline: PipelineFolder | None) -> Planned:
+    """Look through a collection of pictures, and encode none.
+
+    Args:
+        settings: With ``data``.
+        pipeline: Whose text encoders take the captions; None for classes.
+
+    Raises:
+        DyditError: for whatever is missing or does not fit together.
+    """
+    if settings.data is None:
+        raise TypeError("the schema asks for data without prompts")
+    pictures = find_pictures(settings.data)
+    texts = pipeline is not None
+    kept = captioned(pictures, settings.caption) if texts else labelled(pictures)
+    if settings.limit is not None:
+        kept = kept[:: max(1, len(kept) // settings.limit)][: settings.limit]
+    vae_folder = Path(settings.vae).expanduser() if settings.vae else _vae_of(pipeline)
+    autoencoder = open_autoencoder(vae_folder, torch.device("cpu"))
+    prompts = list(dict.fromkeys(str(picture.caption) for picture in kept)) if texts else []
+    shards = _plan(settings, pictures, kept, prompts, autoencoder, square=not texts)
+    return Planned(pictures, prompts, shards, autoencoder, len(pictures.found) - len(kept))
 
 
 def _vae_of(pipeline: PipelineFolder | None) -> Path:
@@ -233,18 +282,7 @@ def _from_prompts(
     count = settings.count or len(prompts)
     distinct = list(dict.fromkeys(prompts))[:count]
     autoencoder = open_autoencoder(pipeline.part("vae"), torch.device("cpu"))
-    sides = [
-        side // (autoencoder.reduction * PACK) * autoencoder.reduction * PACK for side in settings.resolution
-    ]
-    shards = []
-    for number, start in enumerate(range(0, count, SAMPLES_A_SHARD)):
-        texts = [index % len(distinct) for index in range(start, min(start + SAMPLES_A_SHARD, count))]
-        pictures = tuple(
-            Picture(f"{start + place}: {distinct[text]}", start + place, distinct[text])
-            for place, text in enumerate(texts)
-        )
-        side = sides[number % len(sides)]
-        shards.append(PlannedShard(number, side, side, pictures, tuple(texts)))
+    shards = plan_drawings(settings, distinct, count, autoencoder)
     encoders = TextEncoders(pipeline, device, getattr(torch, settings.dtype), settings.text_tokens)
     shape, files = write_texts(out, distinct, encoders, on_progress)
     left = [shard for shard in shards if not is_written(out, shard)]
@@ -275,6 +313,32 @@ def _from_prompts(
         texts=files,
     )
     return index, _report(settings, index, shards, len(distinct), 0, reused)
+
+
+def plan_drawings(
+    settings: PrepareSection, prompts: Sequence[str], count: int, autoencoder: Autoencoder
+) -> list[PlannedShard]:
+    """Which latents are drawn into which file.
+
+    Args:
+        settings: With resolutions.
+        prompts: Distinct.
+        count: Latents.
+        autoencoder: Of the pipeline.
+    """
+    sides = [
+        side // (autoencoder.reduction * PACK) * autoencoder.reduction * PACK for side in settings.resolution
+    ]
+    shards = []
+    for number, start in enumerate(range(0, count, SAMPLES_A_SHARD)):
+        texts = [index % len(prompts) for index in range(start, min(start + SAMPLES_A_SHARD, count))]
+        pictures = tuple(
+            Picture(f"{start + place}: {prompts[text]}", start + place, prompts[text])
+            for place, text in enumerate(texts)
+        )
+        side = sides[number % len(sides)]
+        shards.append(PlannedShard(number, side, side, pictures, tuple(texts)))
+    return shards
 
 
 def _described(shard: PlannedShard, reduction: int) -> LatentShard:

@@ -107,7 +107,7 @@ def _killed(rank: int, by: signal.Signals, processes: int) -> WorkerFailure:
         rank,
         f"Process {rank} of {processes} was killed ({by.name}), so the others were stopped.",
         "The system kills processes like that when memory runs out."
-        if by == signal.SIGKILL
+        if by.name == "SIGKILL"  # which Windows does not have
         else "A program ends like that on an error in compiled code, such as a driver's.",
         "Look for it in the system's log (dmesg); a training run goes on from its newest checkpoint with --resume.",
         exit_code=2,
@@ -125,6 +125,9 @@ def _environment(processes: int) -> Iterator[None]:
         "OMP_NUM_THREADS": str(max(1, cores // processes)),
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
+    if sys.platform == "win32":
+        # torch for Windows is built without the library that its meeting place asks for by default.
+        wanted["USE_LIBUV"] = "0"
     # The launcher sets this one itself, and leaves it.
     names = [*wanted, "TORCHELASTIC_SIGNALS_TO_HANDLE", "PYTHONPATH"]
     before = {name: os.environ.get(name) for name in names}

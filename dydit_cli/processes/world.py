@@ -52,9 +52,15 @@ class World:
         """The device called ``name``; of several processes on CUDA, each has its own.
 
         Raises:
-            DyditError: If it is not there, or one device is named for all processes.
+            DyditError: If it is not there, one device is named for all processes, or it is one that processes cannot share.
         """
         device = find_device(name)
+        if device.type == "mps" and self.size > 1:
+            raise DyditError(
+                f"Apple's GPU cannot be shared by {self.size} processes.",
+                why="Processes talk through torch's Gloo, which knows tensors on CPUs and on CUDA devices.",
+                fix="Pass --device cpu, or leave processes at 1.",
+            )
         if device.type != "cuda" or not is_launched():
             return device
         if device.index is not None and self.size > 1:

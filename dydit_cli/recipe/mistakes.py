@@ -71,7 +71,8 @@ def refuse(mistakes: Sequence[Mistake]) -> DyditError:
 def unknown(name: str, known: Iterable[str], kind: str = "key") -> str:
     """Say that `name` is unknown: in which sections it would be at home, or else which known name is near."""
     if homes := [stage for stage, section in SECTIONS.items() if name in section.model_fields]:
-        return f"unknown {kind} here; it is a key of {' and '.join(homes)}"
+        *others, last = homes
+        return f"unknown {kind} here; it is a key of {' and '.join([', '.join(others), last] if others else [last])}"
     known = list(known)
     near = did_you_mean(name, known)
     return f"unknown {kind}, {near}" if near else f"unknown {kind}; known are {', '.join(known)}"

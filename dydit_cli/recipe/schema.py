@@ -43,6 +43,10 @@ MOMENTARY_KEYS = frozenset({"resume", "overwrite"})
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
+ExportFormat = Literal[
+    "diffusers", "original", "static", "baked", "pruned", "torch-export", "onnx", "comfyui"
+]
+
 Names = Annotated[tuple[Text, ...], BeforeValidator(names)]
 
 VideoFormats = Annotated[tuple[Literal["mp4", "gif", "frames", "grid"], ...], BeforeValidator(names)]
@@ -70,28 +74,30 @@ class ConvertSection(Section):
     """Turn a static checkpoint into a dynamic model.
 
     Attributes:
-        checkpoint: A `.pt` or `.safetensors` file, a folder, or `builtin:NAME` for a packaged base model.
+        checkpoint: A `.pt` or `.safetensors` file, a folder, a repository of the Hub (`owner/name`), or `builtin:NAME` for a packaged
+            base model.
         out: The folder to write.
-        family: Which architecture the tensors belong to; `auto` asks the tensors.
-        num_heads: Attention heads, where the file cannot say.
+        family: Which architecture the tensors belong to: `dit`, `sit`, `latte`, `latte-t2v` or `flux`; `auto` asks the tensors, which
+            cannot tell a SiT from a DiT.
+        num_heads: Attention heads, where neither the file nor a published width says how many.
         num_groups: Channel groups of the MLP; as many as heads if not given (the paper).
         grouping: Whether channels are sorted by importance before they are cut into groups, or cut as they stand (ours).
         width: Which masks heads and channel groups can have: `free` (any set of units, the paper) or `ordered` (the most important
             ones: slicing them is a view, never a copy; ours), or one of a plug-in.
         lora: FLUX: adapters to merge before the ranking, `FILE:SCALE` each; a key that fits no layer is an error.
         axes_dims_rope: FLUX: how a head's channels are shared among the rotary axes, where heads have other than 128 (16,56,56).
-        prune: Make a static model instead of a dynamic one: cut heads and channels out for good, until this share of attention and MLP
-            MACs is left (a baseline).
+        prune: DiT, SiT: make a static model instead of a dynamic one: cut heads and channels out for good, until this share of attention
+            and MLP MACs is left (a baseline).
         importance: `magnitude`, `taylor`, `random`, or an `importance.safetensors` of an earlier conversion; `auto` is `magnitude`, and
             with `calibrate` `taylor` on its data.
         importance_samples: Samples that Taylor importance averages over (ours).
-        data: Where Taylor importance finds its samples.
+        data: Where Taylor importance finds its samples; what `finetune.data` takes.
         calibrate: Data on which the width routers are set before any training, each range of timesteps by what it needs (ours).
         calibrate_ratio: λ that they are set to, by width alone.
         calibrate_samples: Samples of each round of that measurement.
         calibrate_ranges: Ranges of timesteps that get widths of their own.
         seed: Seed of random importance, of the Taylor and calibration samples, and of the routers' weights.
-        device: Where scores are computed and the result is verified.
+        device: Where scores are computed and the result is verified: `auto`, `cpu`, `cuda` or `cuda:N`.
         max_shard_size: Largest weight file, as diffusers writes it.
         overwrite: Replace an existing artifact.
     """
@@ -137,12 +143,12 @@ class FinetuneSection(Section):
         out: The folder to write.
         steps: Optimiser steps.
         target_ratio: λ, the share of the static model's attention and MLP MACs to keep.
-        target: What `target_ratio` is a share of: `macs`, or `latency`, the static model's time (DiT and SiT; ours).
-        latency_table: Times of the device that the model is for, as `dydit bench --latency-table FILE` measures them.
-        budgets: Least and largest ratio of a model that serves all between them; each step draws one, tells it to the routers, and
-            trains for it. `target_ratio` is then what the result does unless told otherwise (ours).
+        target: What `target_ratio` is a share of: `macs`, or, of DiT and SiT, `latency`, the static model's time (ours).
+        latency_table: DiT, SiT: times of the device that the model is for, as `dydit bench --latency-table FILE` measures them.
+        budgets: DiT, SiT, Latte: least and largest ratio of a model that serves all between them; each step draws one, tells it to the
+            routers, and trains for it. `target_ratio` is then what the result does unless told otherwise (ours).
         routers: Which routers decide, and learn to: `learned` (all of them), or a baseline: `width` or `tokens` alone, `random` decisions.
-        batch_size: Global batch (the paper: 256).
+        batch_size: Samples of a step, over all processes and parts (the paper: 256).
         seed: Every random draw is a function of it.
         method: What trains beside the routers: `full` (all weights), `lora`, or `td-lora` (LoRA whose experts are mixed by the timestep);
             adapters take less memory.
@@ -154,14 +160,14 @@ class FinetuneSection(Section):
             `nf4`, the last two where bitsandbytes is installed.
         learning_rate: AdamW's, constant (the paper: 1e-4).
         router_learning_rate: The routers' own; `learning_rate` if not given (ours).
-        weight_decay: AdamW's.
-        max_grad_norm: Gradient clipping; off if not given (ours).
+        weight_decay: AdamW's (the paper: 0).
+        max_grad_norm: Largest norm of the gradient, which is scaled down to it; off if not given (ours).
         ratio_weight: Weight of the ratio's loss (the paper: 1, its code: 2).
         full_width_steps: Steps with a target of 1.0 before the ramp.
         ramp_steps: Steps in which the target falls linearly to `target_ratio`.
         complete_branch_steps: Steps that also train the complete model on the same noisy batch (XL only).
         complete_branch_every: Of these steps, every how many does so; 4 costs a quarter of the second forward (ours).
-        temperature: τ of the Gumbel-sigmoid.
+        temperature: τ of the Gumbel-sigmoid, which widens gradients and moves no probability (the paper: 5).
         gating: How training decides masks: `gumbel` samples them with noise all along (the paper); `annealed` lets the noise fall to
             nothing after the ramp, so that training ends with the thresholds that evaluation uses (ours).
         anneal_steps: Steps after the ramp in which the noise falls; as many as the ramp has if not given.
@@ -183,7 +189,7 @@ class FinetuneSection(Section):
         sharding: What each process holds: the whole model (`ddp`), or its part of weights, averages and moments (`fsdp2`).
         accumulate: Parts in which a process goes through its part of a batch, to save memory; the numbers stay the same.
         optimiser: `adamw`, or `adamw8bit` with moments in 8 bits, where bitsandbytes is installed.
-        mixed_precision: Autocast type of the forward pass.
+        mixed_precision: Autocast type of the forward pass; routers, ratio, optimiser and averages are float32 in any case.
         gradient_checkpointing: Recompute blocks in the backward pass to save memory.
         log_every: Steps between lines of metrics.
         evaluate_every: Steps between evaluations of the realised ratio; 0 means at the end only.
@@ -320,21 +326,21 @@ class PrepareSection(Section):
 
     Attributes:
         data: Pictures: a folder with captions (`.txt` beside the images, or `metadata.jsonl`), webdataset tars, class folders,
-            IDX files, or `fashion-mnist-subset`; or
-        prompts: a file of prompts, one a line, from which the pipeline draws the latents itself.
+            IDX files, or `fashion-mnist-subset`. Either these or `prompts`.
+        prompts: FLUX: a file of prompts, one a line, from which the pipeline draws the latents itself.
         out: The folder to write.
-        pipeline: A local FLUX pipeline folder, or `builtin:NAME`: its text encoders read captions, its `vae` encodes. Without
-            it, class labels are stored.
+        pipeline: FLUX: a local pipeline folder, or `builtin:NAME`: its text encoders read captions, its `vae` encodes. Without
+            it, class labels are stored, for DiT and SiT.
         vae: A local autoencoder folder, where there is no pipeline, or in place of its own.
-        caption: A caption for pictures that have a class alone; `{class}` stands for its name, and `|` separates several.
+        caption: FLUX: a caption for pictures that have a class alone; `{class}` stands for its name, and `|` separates several.
         resolution: Side of the pictures in pixels; with several, each picture takes the largest that it fills.
         buckets: Whether pictures keep their shape, in sizes of the area of `resolution`; else all become squares.
-        count: Latents to draw from prompts; one a prompt if not given.
+        count: FLUX: latents to draw from prompts; one a prompt if not given.
         limit: Most pictures, evenly taken; all if not given.
         mirror: Encode mirrored pictures as well, which training then draws from.
-        text_tokens: Length of prompts; the tokenizer's, at most 512, if not given.
-        steps: Steps of drawing.
-        guidance: Distilled guidance of drawing.
+        text_tokens: FLUX: length of prompts in tokens; the tokenizer's, at most 512, if not given.
+        steps: FLUX: steps of drawing latents from prompts.
+        guidance: FLUX: distilled guidance of that drawing.
         batch_size: Pictures in a forward.
         processes: Processes that encode pictures.
         seed: Latent i depends on the seed and i alone.
@@ -387,12 +393,12 @@ class ProfileSection(Section):
     """Count MACs and parameters, per timestep and block, and measure time and memory.
 
     Attributes:
-        model: The folder of a model; or
-        preset: the name of a published size such as `dit-xl/2`, built with fresh weights.
-        budget: The ratio to run at, of a model trained for a range of them.
+        model: The folder of a model. Either this or `preset`.
+        preset: Name of a published size such as `dit-xl/2`, built with fresh weights.
+        budget: DiT, SiT, Latte: the ratio to run at, of a model trained for a range of them.
         data: Held-out images that the token routers see; noise alone if not given.
-        images: Held-out images.
-        timesteps: Stratified timesteps.
+        images: Held-out images, or videos, that the ratio is the mean over.
+        timesteps: Evenly spaced timesteps of that mean, each with its share of the images.
         batch_size: Images a forward of the ratio's evaluation.
         latency: Measure time and memory as well.
         latency_batch: Images a forward of the time measurement.
@@ -444,7 +450,7 @@ class SampleSection(Section):
     Attributes:
         model: The folder of a model.
         out: The folder to write.
-        classes: Labels, used in turn; all labels in turn if not given.
+        classes: DiT, SiT, Latte: labels, used in turn; all labels in turn if not given.
         num_images: Images to draw.
         steps: Steps of the sampler (for an ODE: intervals).
         guidance: Classifier-free guidance scale; 1 runs no second branch (1.5 for FID, 4.0 for pictures). Of FLUX, the strength
@@ -452,9 +458,9 @@ class SampleSection(Section):
         guidance_channels: Noise channels that guidance acts on: as many as the `original` code guides (DiT and SiT three,
             Latte four), the `first3`, or `all`.
         sampler: A sampler of the model's family; `ddpm` for DiT, `euler` for SiT and FLUX if not given.
-        prompt: FLUX: a prompt, or several separated by `|`;
-        prompts: or a file of prompts, one a line, used in turn;
-        cache: or conditions out of a prepared cache, used in turn.
+        prompt: FLUX: a prompt, or several separated by `|`. Either this, `prompts` or `cache`.
+        prompts: FLUX: a file of prompts, one a line, used in turn.
+        cache: FLUX: conditions out of a prepared cache, used in turn.
         pipeline: FLUX: a local pipeline folder, or `builtin:NAME`: its text encoders read prompts, its `vae` decodes, and its
             scheduler's configuration says how noise levels move with the resolution.
         height, width: FLUX: of the images, in pixels; the model's reference resolution if not given.
@@ -466,15 +472,15 @@ class SampleSection(Section):
         token_capacity: Room in the MLPs for this share of a batch's tokens, which makes shapes static, for compact execution;
             none, or with `graphs` as much as turns out to be needed, if not given.
         keep_bias: Added to every router logit: a dial without training; `inf` keeps everything.
-        budget: The ratio to run at, of a model trained for a range of them.
+        budget: DiT, SiT, Latte: the ratio to run at, of a model trained for a range of them.
         vae: A local AutoencoderKL folder; latents are saved if not given.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: Type of weights and activations.
         deterministic: Make each image alone, so that it is the same bit for bit whatever the batch size.
         processes: Processes that share the batches; no image depends on their number.
-        video_formats: What the samples of a video model become, beside `samples.npz`: files a video (`mp4`, `gif`), a folder
-            of its frames (`frames`), and pictures of the first videos (`grid`).
-        fps: Frames a second of these files; a GIF shows at most 50.
+        video_formats: Latte: what the samples become beside `samples.npz`: files a video (`mp4`, `gif`), a folder of its frames
+            (`frames`), and pictures of the first videos (`grid`).
+        fps: Latte: frames a second of these files; a GIF shows at most 50.
         overwrite: Replace an existing artifact.
     """
 
@@ -525,8 +531,8 @@ class EvaluateSection(Section):
     """Measure how good samples are, and how near a dynamic model stays to its static one.
 
     Attributes:
-        model: The folder of a model, which is sampled; or
-        samples: a folder of images or of frames, or an `.npz`; taken instead of the model where both are given.
+        model: The folder of a model, which is sampled. This or `samples`.
+        samples: A folder of images or of frames, or an `.npz`; taken instead of the model where both are given.
         videos: Folders in a folder are videos and their images the frames, not classes.
         reference: What distances are to: statistics (`mu`, `sigma`), an `.npz`, a folder, or `fashion-mnist`; that is the default
             of the Fashion-MNIST network, and nothing of another.
@@ -605,13 +611,20 @@ class ExportSection(Section):
     Attributes:
         model: The folder of a model.
         out: The folder to write.
-        format: `diffusers` (a folder that a stock pipeline runs), `original` (the source's layout plus routers) or
-            `static` (the complete model in the source's layout).
-        budget: The ratio that the exported model runs at, of a model trained for a range of them.
+        format: `diffusers` (a folder that a stock pipeline runs), `original` (the source's layout plus routers), `static` (the
+            complete model in the source's layout), `baked` (a pipeline folder whose widths are written down for one schedule),
+            `pruned` (a static model of one timestep's width), `torch-export`, `onnx` or `comfyui`.
+        steps: Sampling steps of the schedule whose widths are written down; 50 if a format needs them and they are not given.
+        sampler: The sampler whose timesteps they are, as `dydit sample` names it; if not given, the family's first one.
+        timestep: The timestep whose width stays, in the family's own convention: 0 to 999 for DiT and Latte (999 is noise), 0 to
+            1 for SiT (0 is noise).
+        budget: DiT, SiT, Latte: the ratio that the exported model runs at, of a model trained for a range of them.
         max_shard_size: Largest weight file, as diffusers writes it.
         vae: A local AutoencoderKL folder to put into the pipeline.
         pipeline: FLUX: a local pipeline folder, or `builtin:NAME`, whose text encoders, tokenizers, `vae` and schedule are copied
             into the export.
+        license: The licence that the model card states: an identifier such as `cc-by-nc-4.0`, or a name; the base model's if not given.
+        measured: Folders of `dydit profile` and `dydit evaluate` whose results the model card shows.
         dtype: Type of the written weights; if not given, float32 for a pipeline of DiT, SiT or Latte, and the stored types otherwise.
         overwrite: Replace an existing artifact.
     """
@@ -621,11 +634,16 @@ class ExportSection(Section):
 
     model: Location
     out: OutFolder
-    format: Literal["diffusers", "original", "static"] = "diffusers"
+    format: ExportFormat = "diffusers"
+    steps: Count | None = None
+    sampler: Text | None = None
+    timestep: NonNegativeReal | None = None
     budget: Share | None = None
     max_shard_size: Text = "5GB"
     vae: Location | None = None
     pipeline: Location | None = None
+    license: Text | None = None
+    measured: Names | None = None
     dtype: Dtype | None = None
     overwrite: Flag = False
 

@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
+from dydit_cli.objectives.schedules import TRAIN_TIMESTEPS, dpm_solver_timesteps, spaced_timesteps
 from dydit_cli.sampling.field import Field, Noise
 
-TRAIN_TIMESTEPS = 1000
 BETA_START, BETA_END = 1e-4, 0.02
 LINEAR_BETAS = {
     "beta_start": BETA_START,
@@ -25,23 +24,6 @@ LINEAR_BETAS = {
     "beta_schedule": "linear",
     "num_train_timesteps": TRAIN_TIMESTEPS,
 }
-
-
-def spaced_timesteps(steps: int) -> Tensor:
-    """The timesteps of a DDPM or DDIM run, (steps,) int64, descending from 999 to 0.
-
-    The same as the original's respacing and diffusers' "linspace". A single step stands at 999, where the pure noise is
-    (ours: both of them would put it at 0 and take the noise for an image).
-    """
-    if steps == 1:
-        return torch.tensor([TRAIN_TIMESTEPS - 1])
-    # Ascending first, as diffusers has it: the middle one of an odd number, 499.5, is rounded from there.
-    return torch.from_numpy(np.linspace(0, TRAIN_TIMESTEPS - 1, steps).round().astype(np.int64)).flip(0)
-
-
-def dpm_solver_timesteps(steps: int) -> Tensor:
-    """The timesteps of a DPM-Solver++ run, (steps,) int64: as above with one more, but without the last, 0."""
-    return spaced_timesteps(steps + 1)[:-1]
 
 
 def ddpm(field: Field, start: Tensor, steps: int, noise: Noise) -> Iterator[Tensor]:

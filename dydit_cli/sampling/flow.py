@@ -16,22 +16,14 @@ import torch
 from torch import Tensor
 
 from dydit_cli.errors import DyditError
+from dydit_cli.objectives.schedules import SDE_LAST_STEP, grid, sde_times
 from dydit_cli.sampling.field import Field, Noise
 
 DOPRI5_ATOL, DOPRI5_RTOL = 1e-6, 1e-3
 FROZEN_INTERVALS = 50
+WITHOUT_FP64 = ("mps",)
+"""Kinds of devices that know no double precision."""
 MAX_EVALUATIONS = 500
-SDE_LAST_STEP = 0.04
-
-
-def grid(steps: int) -> Tensor:
-    """The edges of ``steps`` equal intervals of [0, 1], (steps + 1,) fp32."""
-    return torch.linspace(0, 1, steps + 1)
-
-
-def sde_times(steps: int) -> Tensor:
-    """Where an SDE run of ``steps`` steps asks the model, (steps,) fp32 over [0, 0.96]."""
-    return torch.linspace(0, 1 - SDE_LAST_STEP, steps)
 
 
 def euler(field: Field, start: Tensor, steps: int, noise: Noise) -> Iterator[Tensor]:
@@ -110,14 +102,26 @@ def _adaptive(field: _Limited, state: Tensor, times: Tensor, restart: bool = Fal
     """
     from torchdiffeq import odeint
 
-    # fp64 times: an end that is missed by a rounding error would cost another step.
-    times = times.to(state.device, torch.float64)
+    # fp64 times: an end that is missed by a rounding error would cost another step. Where a device has no fp64, the solver's own
+    # arithmetic is done on the CPU.
+    place = torch.device("cpu") if state.device.type in WITHOUT_FP64 else state.device
+    times = times.to(place, torch.float64)
     options = {"first_step": 1.000001 * (times[-1] - times[0]), "step_t": times[-1:]} if restart else {}
+
+    def slope(time: Tensor, value: Tensor) -> Tensor:
+        return field(time, value.to(state.device)).to(place)
+
     # Lists, as in the original: they make torchdiffeq compare errors in fp64, and the states then agree to the last bit.
     path: Tensor = odeint(
-        field, state, times, method="dopri5", atol=[DOPRI5_ATOL], rtol=[DOPRI5_RTOL], options=options
+        slope,
+        state.to(place),
+        times,
+        method="dopri5",
+        atol=[DOPRI5_ATOL],
+        rtol=[DOPRI5_RTOL],
+        options=options,
     )
-    return path
+    return path.to(state.device)
 
 
 @dataclass
@@ -135,4 +139,4 @@ class _Limited:
                 fix="Use a fixed grid (--sampler heun --steps 50), or run the complete model with --execution static.",
             )
         self.evaluations += 1
-        return self.field(state, time.to(torch.float32))
+        return self.field(state, time.to(torch.float32).to(state.device))

@@ -276,6 +276,7 @@ def _generated(
         noise = ImageNoise(settings.seed, indices, shape, model.device)
         # Left before a batch is handed out: the setting is the process's, and what the caller does with a batch is not ours.
         with deterministic_kernels() if settings.deterministic else nullcontext():
+            model.begin_run()
             sample = start = noise.start()
             for step, state in enumerate(sampler.integrate(field, start, settings.steps, noise), start=1):
                 sample = state

@@ -9,6 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from dydit_cli.errors import DyditError, did_you_mean
+from dydit_cli.objectives import schedules
 from dydit_cli.sampling import diffusion, flow, rectified
 from dydit_cli.sampling.field import Integrator
 
@@ -56,21 +57,21 @@ class Sampler:
 
 # The first of a kind is its default.
 SAMPLERS: tuple[Sampler, ...] = (
-    Sampler("ddpm", "DDPM", "diffusion", diffusion.ddpm, diffusion.spaced_timesteps, max_steps=1000),
-    Sampler("ddim", "DDIM, eta 0", "diffusion", diffusion.ddim, diffusion.spaced_timesteps, max_steps=1000),
+    Sampler("ddpm", "DDPM", "diffusion", diffusion.ddpm, schedules.spaced_timesteps, max_steps=1000),
+    Sampler("ddim", "DDIM, eta 0", "diffusion", diffusion.ddim, schedules.spaced_timesteps, max_steps=1000),
     # With 1000 steps its spacing of steps + 1 points would name a timestep twice.
     Sampler(
         "dpm++",
         "DPM-Solver++ (2M)",
         "diffusion",
         diffusion.dpm_solver,
-        diffusion.dpm_solver_timesteps,
+        schedules.dpm_solver_timesteps,
         max_steps=999,
     ),
-    Sampler("euler", "Euler ODE", "flow", flow.euler, lambda steps: flow.grid(steps)[:-1]),
-    Sampler("heun", "Heun ODE", "flow", flow.heun, flow.grid),
+    Sampler("euler", "Euler ODE", "flow", flow.euler, schedules.starts),
+    Sampler("heun", "Heun ODE", "flow", flow.heun, schedules.grid),
     Sampler("dopri5", "dopri5 ODE, adaptive", "flow", flow.dopri5, None, adaptive=True),
-    Sampler("sde", "Euler-Maruyama SDE", "flow", flow.sde, flow.sde_times, min_steps=2),
+    Sampler("sde", "Euler-Maruyama SDE", "flow", flow.sde, schedules.sde_times, min_steps=2),
     Sampler(
         "euler",
         "Euler ODE on FLUX's levels",
@@ -121,7 +122,7 @@ def check_steps(sampler: Sampler, steps: int) -> None:
     if sampler.max_steps is not None and steps > sampler.max_steps:
         raise DyditError(
             f"{steps} steps are too many for the sampler '{sampler.name}'.",
-            why=f"The model was trained on {diffusion.TRAIN_TIMESTEPS} noise levels, and no step may repeat one: "
+            why=f"The model was trained on {schedules.TRAIN_TIMESTEPS} noise levels, and no step may repeat one: "
             f"at most {sampler.max_steps} fit.",
             fix=f"Pass --steps {sampler.max_steps} or less; 250 is what the papers use, 50 shows little difference.",
         )

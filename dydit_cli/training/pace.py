@@ -209,7 +209,13 @@ def free_memory(device: torch.device) -> int | None:
             facts = dict(line.split(":", 1) for line in file)
         return 1024 * int(facts["MemAvailable"].split()[0])
     except (OSError, KeyError, ValueError):
+        pass
+    try:
+        # Comes with accelerate; other systems tell it alone. Apple's GPU has no memory of its own.
+        import psutil
+    except ImportError:
         return None
+    return int(psutil.virtual_memory().available)
 
 
 def _product_speed(device: torch.device, mixed_precision: str) -> float:

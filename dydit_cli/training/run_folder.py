@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from dydit_cli.artifacts import (
     writing,
 )
 from dydit_cli.artifacts.leftovers import clear_leftovers, temporary_folder
-from dydit_cli.artifacts.writing import refuse_existing
+from dydit_cli.artifacts.writing import patiently, refuse_existing
 from dydit_cli.errors import DyditError
 from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.recipe.loading import Recipe
@@ -114,7 +115,7 @@ class RunFolder:
                 for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
                     if file.is_dir():
                         shutil.rmtree(self.path / file.name, ignore_errors=True)
-                    os.replace(file, self.path / file.name)
+                    patiently(partial(os.replace, file, self.path / file.name))
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
         self._explain(self.path, {"completed": True, **results})

@@ -15,7 +15,9 @@ PROTOCOL = 1
 """Part of every key: raised where a change makes earlier cells incomparable."""
 
 Family = Literal["dit", "sit"]
-Group = Literal["choice", "core", "extended"]
+Group = Literal["choice", "core", "extended", "remedy", "remedied"]
+VALIDATED: tuple[Group, ...] = ("choice", "remedy")
+"""Groups that are measured on the validation split; the others are measured against the test reference."""
 
 DYNAMIC, CONTROL, BASE = "dynamic", "static-control", "base"
 PRUNED = ("pruned-random", "pruned-magnitude", "pruned-taylor")
@@ -25,7 +27,9 @@ ADAPTER_RATES = (3e-4, 1e-3, 3e-3)
 """Those of adapters, which are used to larger ones."""
 SEEDS = (0, 1, 2)
 CHOICE_SEED = 100
-"""Of the choices: no cell that is reported shares a draw with them."""
+"""Of choices and remedies: no cell that is reported shares a draw with them."""
+STEPS = 1500
+"""Of the recipes."""
 
 SAMPLERS: Mapping[Family, str] = {"dit": "ddim", "sit": "euler"}
 ROUTERS: Mapping[Family, tuple[str, ...]] = {
@@ -44,10 +48,12 @@ class Cell:
         arm: Name of a recipe in ``recipes/baselines``, or ``base``: the model that all start from, not trained further.
         ratio: λ.
         seed: Of training and sampling.
-        group: ``choice`` (measured on the validation split), ``core`` or ``extended``.
+        group: ``choice`` and ``remedy`` (measured on the validation split), ``core``, ``extended``, or ``remedied``: a remedy that
+            won there, against the test reference.
         rate: Learning rate; None for the one that was chosen.
         variant: What else distinguishes it, for its name.
-        changes: Overrides of its recipe that belong to the variant.
+        changes: Overrides of its recipe that belong to the variant; ``{data}`` stands for the data.
+        longer: How many times as many steps it trains.
     """
 
     family: Family
@@ -58,6 +64,7 @@ class Cell:
     rate: float | None = None
     variant: str = ""
     changes: tuple[str, ...] = ()
+    longer: int = 1
 
     @property
     def name(self) -> str:
@@ -72,6 +79,11 @@ class Cell:
     def row(self) -> tuple[str, str, float, str]:
         """What seeds share: a row of a table."""
         return self.family, self.arm, self.ratio, self.variant
+
+    @property
+    def is_validated(self) -> bool:
+        """Whether it is measured on the validation split, and never against the test reference."""
+        return self.group in VALIDATED
 
     @property
     def is_static(self) -> bool:
@@ -118,17 +130,28 @@ QUICK = Sizes(
 
 
 def core() -> Iterator[Cell]:
-    """The cells that the hypotheses need."""
-    for seed in SEEDS:
+    """The cells that the hypotheses need: what the headline states first, and a dynamic model before what is pruned to its MACs.
+
+    The other dynamic rows stand between a dynamic model and its prunings, so that a second process has something to do meanwhile.
+    """
+    yield Cell("dit", DYNAMIC, 0.5, 0)
+    yield Cell("dit", CONTROL, 1.0, 0)
+    yield Cell("dit", DYNAMIC, 0.3, 0)
+    yield Cell("dit", "td-lora", 0.5, 0)
+    for arm in PRUNED:
+        yield Cell("dit", arm, 0.5, 0)
+    for seed in SEEDS[1:]:
         for arm in (DYNAMIC, CONTROL, *PRUNED):
             yield Cell("dit", arm, 1.0 if arm == CONTROL else 0.5, seed)
+    yield Cell("sit", DYNAMIC, 0.5, 0)
+    yield Cell("sit", CONTROL, 1.0, 0)
+    yield Cell("dit", DYNAMIC, 0.7, 0)
+    rows: tuple[tuple[Family, float], ...] = (("sit", 0.5), ("dit", 0.3), ("dit", 0.7))
+    for family, ratio in rows:
+        for arm in PRUNED:
+            yield Cell(family, arm, ratio, 0)
     yield Cell("dit", BASE, 1.0, 0)
-    for ratio in (0.7, 0.3):
-        for arm in (DYNAMIC, *PRUNED):
-            yield Cell("dit", arm, ratio, 0)
-    for arm in (DYNAMIC, CONTROL, *PRUNED):
-        yield Cell("sit", arm, 1.0 if arm == CONTROL else 0.5, 0)
-    for arm in ("lora", "td-lora", "ordered", "budgets"):
+    for arm in ("lora", "ordered", "budgets"):
         yield Cell("dit", arm, 0.5, 0)
 
 
@@ -157,7 +180,7 @@ def choices() -> Iterator[Cell]:
 
 
 def all_cells() -> list[Cell]:
-    """Every cell of the protocol, in the order in which they run."""
+    """Every cell of the protocol but the remedies, in the order in which they run."""
     return [*choices(), *core(), *extended()]
 
 
@@ -202,8 +225,8 @@ def overrides(cell: Cell, around: Circumstances, rate: float | None, prune: floa
     if cell.arm == "pruned-random":
         found.append(f"convert.seed={cell.seed}")
     found += [f"finetune.data={around.data}", f"finetune.seed={cell.seed}"]
-    if sizes.steps is not None:
-        found.append(f"finetune.steps={sizes.steps}")
+    if sizes.steps is not None or cell.longer > 1:
+        found.append(f"finetune.steps={(sizes.steps or STEPS) * cell.longer}")
     if rate is not None:
         found.append(f"finetune.learning_rate={rate:g}")
     if not cell.is_static:
@@ -212,7 +235,7 @@ def overrides(cell: Cell, around: Circumstances, rate: float | None, prune: floa
             found += [*ROUTERS[cell.family], *sizes.schedule]
     elif sizes.schedule:
         found.append("finetune.ema_decay=0.95")
-    found += list(cell.changes)
+    found += [change.replace("{data}", around.data) for change in cell.changes]
     found += [
         f"evaluate.sampler={SAMPLERS[cell.family]}",
         f"evaluate.num_images={sizes.images}",
@@ -236,6 +259,8 @@ def key_of(
         changed: Its `overrides`.
         recipe: The resolved recipe without folders.
         version: Of dydit.
+
+    A base model of another family is no part of it: each family's cells can run as soon as their own base is finished.
     """
     content = {
         "protocol": PROTOCOL,
@@ -243,7 +268,12 @@ def key_of(
         "cell": [cell.name, cell.group],
         "changed": changed,
         "recipe": recipe,
-        "hashes": dict(around.hashes),
+        "hashes": {name: value for name, value in around.hashes.items() if name not in _other_bases(cell)},
     }
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _other_bases(cell: Cell) -> set[str]:
+    """Names, among the hashes, of the base models that the cell does not start from."""
+    return {f"base_{family}" for family in SAMPLERS if family != cell.family}

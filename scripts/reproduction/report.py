@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dydit_cli.artifacts import atomic_write, write_json
+from scripts.reproduction.cells import VALIDATED
+from scripts.reproduction.remedy_report import remedy_lines
 from scripts.reproduction.verdicts import Row, RowKey, best_pruning, pooled_spread, table_of, verdicts
 
 SCHEMA = 1
@@ -54,7 +56,7 @@ def results_of(
     """
     grouped: dict[RowKey, list[Mapping[str, Any]]] = {}
     for cell in cells:
-        if cell["group"] != "choice":
+        if cell["group"] not in VALIDATED:
             grouped.setdefault((cell["family"], cell["arm"], cell["lambda"], cell["variant"]), []).append(
                 cell
             )
@@ -63,6 +65,7 @@ def results_of(
         "schema": SCHEMA,
         "circumstances": dict(circumstances),
         "headline": _headline(table),
+        "headline_notes": _headline_notes(table),
         "verdicts": {
             family: [each.as_dict() for each in verdicts(table, family)] for family in ("dit", "sit")
         },
@@ -82,21 +85,26 @@ def _headline(table: Mapping[RowKey, Row]) -> dict[str, Any]:
         "best_static_pruning_0.5": pruned[1] if pruned else None,
         "td_lora_0.5": table.get(("dit", "td-lora", 0.5, "")),
     }
-    headline: dict[str, Any] = {name: _short(row) for name, row in rows.items()}
-    if pruned and isinstance(headline["best_static_pruning_0.5"], dict):
-        headline["best_static_pruning_0.5"]["ranking"] = pruned[0].removeprefix("pruned-")
-    return headline
+    return {name: _short(row) for name, row in rows.items()}
 
 
-def _short(row: Row | None) -> dict[str, Any] | str:
-    if row is None:
-        return NOT_MEASURED
+def _headline_notes(table: Mapping[RowKey, Row]) -> dict[str, Any]:
+    """What the headline's numbers are, where these alone do not say it."""
+    pruned = best_pruning(table, "dit", 0.5)
     return {
-        "fd": row.fd,
-        "fd_std": row.fd_std,
-        "fd_std_of": row.fd_std_of,
-        "gmacs": row.gmacs,
-        "seconds_per_image": row.seconds_per_image,
+        "fd": "Fréchet distance to the test reference, mean over seeds; null is not measured",
+        "fd_std": "standard deviation over seeds where there are several, else of sampling alone; see rows[].fd_std_of",
+        "best_static_pruning_0.5": None if pruned is None else pruned[0].removeprefix("pruned-"),
+    }
+
+
+def _short(row: Row | None) -> dict[str, float | None]:
+    """Null is not measured."""
+    return {
+        "fd": None if row is None else row.fd,
+        "fd_std": None if row is None else row.fd_std,
+        "gmacs": None if row is None else row.gmacs,
+        "seconds_per_image": None if row is None else row.seconds_per_image,
     }
 
 
@@ -113,7 +121,8 @@ def _row(key: RowKey, row: Row | None, cells: Sequence[Mapping[str, Any]]) -> di
     return {
         **found,
         "state": "measured",
-        **(_short(row) if isinstance(_short(row), dict) else {}),  # type: ignore[dict-item]
+        **_short(row),
+        "fd_std_of": row.fd_std_of,
         "fds": list(row.distances),
         "seeds": list(row.seeds),
         "ratio": row.ratio,
@@ -192,7 +201,9 @@ def page(results: Mapping[str, Any], plots: Sequence[str], *, quick: bool) -> st
             "Error bars: one standard deviation, over seeds where there are several, else of sampling alone.",
             "",
         ]
+    parts += remedy_lines(results.get("remedies", []), TITLES)
     parts += _chosen(results)
+    parts += _code(around.get("codes", {}))
     parts += _commands(results)
     return "\n".join(parts).rstrip() + "\n"
 
@@ -270,6 +281,18 @@ def _chosen(results: Mapping[str, Any]) -> list[str]:
         rates = ", ".join(f"{float(rate):g}: {value:.3f}" for rate, value in found["distances"].items())
         lines.append(f"| {name} | {found['rate']:g} | {rates} |")
     return [*lines, ""]
+
+
+def _code(codes: Mapping[str, int]) -> list[str]:
+    """Whether all cells ran the same code: its version number stays while it is edited."""
+    if not codes:
+        return []
+    if len(codes) == 1:
+        text = f"All cells ran the same code (hash {next(iter(codes))} of the package's computing parts)."
+    else:
+        listed = ", ".join(f"{code}: {count}" for code, count in codes.items())
+        text = f"The package's computing parts had {len(codes)} states while the cells ran (hash: cells that ran under it): {listed}."
+    return ["## Code", "", text, ""]
 
 
 def _commands(results: Mapping[str, Any]) -> list[str]:

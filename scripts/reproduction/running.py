@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -24,6 +25,23 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 RESULT, RATES_FILE = "cell.json", "rates.json"
 STAGES = ("convert", "finetune", "evaluate")
 PROGRESS_SECONDS, LOG_LINES = 60, 6
+COMPUTING = (
+    "adapters",
+    "artifacts",
+    "checkpoints",
+    "conversion",
+    "data",
+    "dynamic",
+    "evaluation",
+    "execution",
+    "families",
+    "flops.py",
+    "objectives",
+    "randomness.py",
+    "sampling",
+    "training",
+)
+"""What of the package results come from."""
 Say = Callable[[str], None]
 
 
@@ -118,7 +136,7 @@ class Runner:
         """
         rate = None if cell.arm == BASE else self._rate(cell)
         changed = overrides(cell, self.around, rate, self._prune(cell))
-        if cell.group == "choice":
+        if cell.is_validated:
             changed.append(f"evaluate.reference={self._validation}")
         recipe = self._recipe(cell, changed)
         if rate is None and cell.arm != BASE:
@@ -132,10 +150,13 @@ class Runner:
             # Where something lies changes nothing; the hashes stand for what lies there.
             for key in ("out", "model", "device", "data", "checkpoint", "reference"):
                 section.pop(key, None)
+        # A path there, and a switch elsewhere.
+        content.get("convert", {}).pop("calibrate", None)
         # What the resolved recipe says, or the hashes do, is not said twice.
         left_out = (
             f"finetune.data={self.around.data}",
             f"convert.data={self.around.data}",
+            f"convert.calibrate={self.around.data}",
             "convert.checkpoint=",
             "evaluate.reference=",
             "finetune.learning_rate=",
@@ -198,8 +219,12 @@ class Runner:
 
     # ------------------------------------------------------------------ running
 
-    def run(self, planned: Planned) -> dict[str, Any]:
+    def run(self, planned: Planned, on_process: Callable[[int], None] = lambda pid: None) -> dict[str, Any]:
         """Run whatever of a cell is not done, and return its result.
+
+        Args:
+            planned: The cell.
+            on_process: Told the number of every process that is started for it.
 
         Raises:
             subprocess.CalledProcessError: If a command fails; what it left goes on next time.
@@ -207,19 +232,23 @@ class Runner:
         held = planned.result
         if held is not None:
             return held
+        fresh = not planned.folder.exists()
         planned.folder.mkdir(parents=True, exist_ok=True)
-        seconds = {}
+        seconds, codes = {}, [code_hash()]
         for stage in planned.stages:
             started = time.monotonic()
-            self._stage(planned, stage)
+            self._stage(planned, stage, on_process)
             seconds[stage] = time.monotonic() - started
-        result = self._result(planned, seconds)
+            codes.append(code_hash())
+        # More than one where files were edited while it ran.
+        result = self._result(planned, seconds) | {"code": list(dict.fromkeys(codes))}
         write_json(planned.folder / RESULT, result)
         shutil.rmtree(planned.folder / "trained" / "checkpoints", ignore_errors=True)
-        self._learn_price(result)
+        if fresh:
+            self._learn_price(planned.cell, result)
         return result
 
-    def _stage(self, planned: Planned, stage: str) -> None:
+    def _stage(self, planned: Planned, stage: str, on_process: Callable[[int], None]) -> None:
         words = planned.command(stage)
         made = {"convert": "converted", "finetune": "trained", "evaluate": "evaluation"}[stage]
         folder = planned.folder / made
@@ -232,17 +261,19 @@ class Runner:
             # A run that ended before its first checkpoint starts again.
             words.append("--resume" if any((folder / "checkpoints").glob("*")) else "--overwrite")
         self._say(f"  dydit {' '.join(words)}")
-        self._command(
-            words, planned.folder / "log.txt", folder / "metrics.jsonl" if stage == "finetune" else None
-        )
+        metrics = folder / "metrics.jsonl" if stage == "finetune" else None
+        self._command(words, planned.folder / "log.txt", metrics, on_process)
 
-    def _command(self, words: Sequence[str], log: Path, metrics: Path | None) -> None:
+    def _command(
+        self, words: Sequence[str], log: Path, metrics: Path | None, on_process: Callable[[int], None]
+    ) -> None:
         """Run a command whose words go to a log, and say now and then how far it is."""
         command = [sys.executable, "-m", "dydit_cli", *words]
         with log.open("a", encoding="utf-8") as stream:
             stream.write(f"$ dydit {' '.join(words)}\n")
             stream.flush()
             process = subprocess.Popen(command, cwd=REPOSITORY, stdout=stream, stderr=stream)
+            on_process(process.pid)
             try:
                 while True:
                     try:
@@ -307,14 +338,14 @@ class Runner:
 
     def price(self, planned: Planned) -> float | None:
         """Seconds that a cell will take by what earlier ones took on this machine; None before the first."""
-        rates = self._rates()
-        if not rates:
+        rates = self._rates_of(planned.cell)
+        if rates is None:
             return None
         sections = self._recipe(planned.cell, planned.changed).sections
         steps = 0 if planned.cell.arm == BASE else int(sections["finetune"].model_dump()["steps"])
         sampled = self.around.sizes.images * self.around.sizes.sampler_steps
         done = self._steps_done(planned)
-        return rates["start"] + rates["step"] * max(0, steps - done) + rates["sampled"] * sampled
+        return rates["start"] + rates.get("step", 0.0) * max(0, steps - done) + rates["sampled"] * sampled
 
     @staticmethod
     def _steps_done(planned: Planned) -> int:
@@ -325,20 +356,41 @@ class Runner:
         ]
         return max(numbers, default=0)
 
-    def _rates(self) -> dict[str, float]:
+    def _rates(self) -> dict[str, dict[str, float]]:
         file = self.out / RATES_FILE
         return _read(file) if file.exists() else {}
 
-    def _learn_price(self, result: dict[str, Any]) -> None:
-        """Remember what a step and a sampled image cost; the last cell is the best guess for the next."""
-        sizes, seconds = self.around.sizes, result["seconds"]
+    def _rates_of(self, cell: Cell) -> dict[str, float] | None:
+        """Those of the last cell that is likest: of its family and arm, else of what is static or dynamic as it is, else any."""
         rates = self._rates()
-        if seconds.get("finetune", 0) > 1 and result["steps"]:
+        return next((rates[kind] for kind in _kinds(cell) if kind in rates), None)
+
+    def _learn_price(self, cell: Cell, result: dict[str, Any]) -> None:
+        """Remember what a step and a sampled image cost; the last cell of a kind is the best guess for the next."""
+        sizes, seconds = self.around.sizes, result["seconds"]
+        rates = {
+            "sampled": seconds["evaluate"] / (sizes.images * sizes.sampler_steps),
+            "start": seconds["convert"],
+        }
+        if cell.arm != BASE:
             rates["step"] = seconds["finetune"] / result["steps"]
-        rates.setdefault("step", 0.0)
-        rates["sampled"] = seconds["evaluate"] / (sizes.images * sizes.sampler_steps)
-        rates["start"] = seconds["convert"]
-        write_json(self.out / RATES_FILE, rates)
+        kinds = [kind for kind in _kinds(cell) if cell.arm != BASE or kind == _kinds(cell)[0]]
+        write_json(self.out / RATES_FILE, self._rates() | dict.fromkeys(kinds, rates))
+
+
+def _kinds(cell: Cell) -> tuple[str, ...]:
+    """What a cell's price can be guessed from, the likest first."""
+    return f"{cell.family}-{cell.arm}", "static" if cell.is_static else "dynamic", "any"
+
+
+def code_hash() -> str:
+    """Of the code that results come from, as it is now: a version number stays while code is edited."""
+    package, found = REPOSITORY / "dydit_cli", hashlib.sha256()
+    for name in COMPUTING:
+        place = package / name
+        for file in [place] if place.is_file() else sorted(place.rglob("*.py")):
+            found.update(f"{file.relative_to(package).as_posix()}\n".encode() + file.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def _equal_prune_ratio(converted: dict[str, Any], cost: dict[str, Any]) -> float:

@@ -15,6 +15,9 @@ from typing import Any, Literal
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 8: 2.306, 10: 2.228}
 """Two-sided 95 % quantiles of Student's t by degrees of freedom (a table of statistics)."""
 
+MMACS_TOLERANCE = 0.01
+"""Within which MACs count as equal."""
+
 Outcome = Literal["held", "missed", "undecided", "not measured"]
 
 
@@ -220,7 +223,7 @@ def _equal_cost(table: Table, family: str) -> Verdict:
     if not gaps:
         return Verdict("equal cost", statement, "not measured", "not measured")
     worst = max(gaps, key=lambda name: abs(gaps[name]))
-    outcome: Outcome = "held" if abs(gaps[worst]) <= 0.01 else "missed"
+    outcome: Outcome = "held" if abs(gaps[worst]) <= MMACS_TOLERANCE else "missed"
     return Verdict("equal cost", statement, outcome, f"largest difference {gaps[worst]:+.2%} ({worst})")
 
 

@@ -46,6 +46,7 @@ def test_paths_and_shipped_models() -> None:
 
 def test_only_the_model_is_wanted() -> None:
     assert _wanted(DIT_XL, "r") == [
+        "README.md",
         "model_index.json",
         "transformer/config.json",
         "transformer/diffusion_pytorch_model.bin",
@@ -100,7 +101,7 @@ def test_a_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert asked["revision"] == "v1"
     assert "transformer/diffusion_pytorch_model.bin" in asked["allow_patterns"]
     assert "vae/diffusion_pytorch_model.bin" not in asked["allow_patterns"]
-    assert said == ["downloading 3 files of facebook/DiT-XL-2-256 from the Hub"]
+    assert said == ["downloading 4 files of facebook/DiT-XL-2-256 from the Hub"]
 
 
 def test_a_single_file_is_the_checkpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

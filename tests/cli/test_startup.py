@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 
@@ -81,6 +80,7 @@ def test_recipes_need_no_torch(arguments: tuple[str, ...]) -> None:
 
 def test_help_takes_less_than_half_a_second() -> None:
     """Processor time, best of three, so that a busy machine fails nothing."""
+    resource = pytest.importorskip("resource")
     seconds = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

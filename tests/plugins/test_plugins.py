@@ -101,6 +101,13 @@ def test_another_version_of_it_is_a_warning(tmp_path: Path, example: Path) -> No
         dydit_cli.load_model(folder)
 
 
+def test_a_baked_export_does_without_it(tmp_path: Path, example: Path) -> None:
+    folder = converted(tmp_path, example)
+    exported(folder, tmp_path / "e", "baked", steps=3)
+    unloaded()
+    assert dydit_cli.load_model(tmp_path / "e").config["width"] == "free"
+
+
 def test_its_routers_agree_in_dense_and_compact_execution(example: Path) -> None:
     load_plugin(example)
     model = tiny_model("dit", width="unit")

@@ -154,12 +154,12 @@ convert: [1]
     found = lines(refusal(path, ["stepz=3", "sampel.steps=4", "seed=", "classes=3"], "finetune"))
     assert found == [
         "r.yaml:2: nam: unknown key, did you mean 'name'?",
-        "r.yaml:3: steps: unknown key here; it is a key of prepare and finetune and sample and evaluate",
+        "r.yaml:3: steps: unknown key here; it is a key of prepare, finetune, sample, evaluate and export",
         "r.yaml:4: finetun: unknown key, did you mean 'finetune'?",
         "r.yaml:9: finetune.step: unknown key, did you mean 'steps'?",
         "r.yaml:10: finetune.steps: must be a whole number, got 'many'",
         "r.yaml:11: finetune.target_ratio: must be at most 1, got '1.5'",
-        "r.yaml:12: finetune.guidance: unknown key here; it is a key of prepare and sample and evaluate",
+        "r.yaml:12: finetune.guidance: unknown key here; it is a key of prepare, sample and evaluate",
         "r.yaml:13: finetune.mixed_precision: must be 'no', 'bf16' or 'fp16', got 'bf61', did you mean 'bf16'?",
         "r.yaml:14: finetune.target_ratio: written twice; the first is in line 11",
         "r.yaml:15: finetune.seed: must be a single value or a list of single values",

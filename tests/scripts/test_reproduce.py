@@ -130,6 +130,13 @@ def test_a_key_changes_with_what_the_result_depends_on_and_with_nothing_else() -
     ]
     assert len({key, *others}) == 5
 
+    def with_hashes(**bases: str) -> str:
+        around = Circumstances(AROUND.bases, AROUND.data, FULL, {"network": "n" * 64, **bases})
+        return key_of(cell, around, changed, {"finetune": {"steps": 1500}}, "0.1.0")
+
+    assert with_hashes(base_dit="a", base_sit="b") == with_hashes(base_dit="a", base_sit="c")
+    assert with_hashes(base_dit="a", base_sit="b") != with_hashes(base_dit="b", base_sit="b")
+
 
 def test_a_cell_waits_for_what_it_depends_on(tmp_path: Path) -> None:
     runner = Runner(tmp_path, AROUND, all_cells(), tmp_path / "v.npz", lambda text: None, chooses=True)
@@ -178,6 +185,35 @@ def test_the_best_pruning_is_chosen_in_its_favour() -> None:
     assert found["equal cost"].outcome == "held"
     dearer = table_of(*cells, result("pruned-magnitude", 0.5, 2.0, gmacs=0.0425))
     assert by_name(judged.verdicts(dearer))["equal cost"].outcome == "missed"
+
+
+@pytest.mark.parametrize(
+    ("pruned", "outcome"),
+    [((1.7, 1.72, 1.68), "held"), ((1.2, 1.22, 1.18), "missed"), ((1.5, 1.55, 1.45), "undecided")],
+)
+def test_at_least_goes_by_the_whole_interval(pruned: tuple[float, ...], outcome: str) -> None:
+    cells = [result("dynamic", 0.5, fd, seed) for seed, fd in enumerate((1.0, 1.01, 0.99))]
+    cells += [result("pruned-taylor", 0.5, fd, seed) for seed, fd in enumerate(pruned)]
+    assert by_name(judged.verdicts(table_of(*cells)))["H2"].outcome == outcome
+
+
+def test_a_family_of_one_seed_borrows_the_spread_of_the_other() -> None:
+    cells = [result("static-control", 1.0, fd, seed) for seed, fd in enumerate((1.0, 1.05, 0.95))]
+    cells += [result("dynamic", 0.5, 1.0, family="sit"), result("static-control", 1.0, 1.0, family="sit")]
+    found = by_name(judged.verdicts(table_of(*cells), "sit"))["H1"]
+    assert found.outcome == "undecided"
+    assert "given the spread of the others" in found.text
+    # Two rows of one seed: 1 + 1 degrees of freedom.
+    assert found.ratio is not None
+    assert found.ratio[2] == pytest.approx(math.exp(4.303 * math.sqrt(2) * 0.05))
+
+
+def test_cells_that_ran_other_code_are_told_of() -> None:
+    from scripts.reproduction.report import _code
+
+    assert _code({}) == []
+    assert "same code (hash abc" in _code({"abc": 3})[2]
+    assert "2 states" in _code({"abc": 3, "def": 1})[2]
 
 
 def test_a_row_of_one_seed_is_given_the_spread_of_the_others() -> None:
@@ -234,7 +270,10 @@ def test_the_report_is_made_of_the_results_alone(tmp_path: Path) -> None:
     assert headline["gmacs"] == pytest.approx(0.04164)
     assert headline["seconds_per_image"] == pytest.approx(0.005)
     assert read["headline"]["static_control"]["fd_std"] == 0.02
-    assert read["headline"]["td_lora_0.5"] == NOT_MEASURED
+    assert read["headline"]["td_lora_0.5"] == dict.fromkeys(("fd", "fd_std", "gmacs", "seconds_per_image"))
+    assert all(
+        list(row) == ["fd", "fd_std", "gmacs", "seconds_per_image"] for row in read["headline"].values()
+    )
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert "| dynamic | 0.5 | 1.050 ± 0.050 | 3 | 41.64 |" in text
     assert "| dynamic, TD-LoRA | 0.5 | not measured |" in text
@@ -246,7 +285,7 @@ def test_the_report_is_made_of_the_results_alone(tmp_path: Path) -> None:
 
 
 def test_seconds_are_paired_ratios_times_those_of_the_control() -> None:
-    from scripts.reproduce import _add_times
+    from scripts.reproduction.book import add_times
 
     timing = {"seconds_per_image": 0.02, "time_ratio": 0.9}
     cells = [
@@ -255,7 +294,7 @@ def test_seconds_are_paired_ratios_times_those_of_the_control() -> None:
         {"family": "dit", "arm": "ordered"},
         {"family": "sit", "arm": "dynamic", "timing": timing},
     ]
-    _add_times(cells)
+    add_times(cells)
     assert [cell.get("time_ratio") for cell in cells] == [1.0, 0.6, None, None]
     assert cells[1]["seconds_per_image"] == pytest.approx(0.012)
 

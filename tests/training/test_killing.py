@@ -143,7 +143,7 @@ class TestLeftovers:
 
     def test_only_what_a_dead_process_of_this_machine_left_goes(self, tmp_path: Path) -> None:
         mine = leftovers.temporary_file(tmp_path / "c.json").name
-        machine, _, start = leftovers._owner().split("-")
+        machine, _, start = leftovers.process_name().split("-")
         names = {
             "elsewhere": mine.replace(machine, "00000000" if machine != "00000000" else "11111111"),
             "reborn": mine.replace(f"-{start}", "-1"),
@@ -156,7 +156,7 @@ class TestLeftovers:
         assert [path.name for path in gone] == [names["reborn"]]
 
     def test_what_was_about_to_be_replaced_is_put_back(self, tmp_path: Path) -> None:
-        dead = leftovers._owner().rsplit("-", 1)[0] + "-1"
+        dead = leftovers.process_name().rsplit("-", 1)[0] + "-1"
         kept = tmp_path / f".run.{dead}-abc.old" / "old"
         kept.mkdir(parents=True)
         (kept / "precious").write_text("x")

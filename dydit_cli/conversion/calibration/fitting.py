@@ -101,7 +101,7 @@ def fit_routers(model: DynamicModel, units: Units, table: Tensor, objective: Obj
     """
     times = objective.grid(len(table) * LEVELS).to(model.device)
     wanted = table.repeat_interleave(LEVELS, dim=0)
-    inputs = model.router_input(model.embed_time(times)).double().cpu()
+    inputs = model.router_input(model.embed_time(times)).cpu().double()
     regression = Regression.on(inputs)
     for place in units.places:
         _write(place, *regression.fit(*_bounds(place, wanted[:, place.columns])))

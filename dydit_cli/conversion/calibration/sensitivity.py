@@ -188,4 +188,4 @@ def sensitivity(model: DynamicModel, units: Units, table: Tensor, samples: Sampl
 def _gradient(prediction: Tensor, gates: Tensor, direction: Tensor) -> Tensor:
     """(B, U) fp64 on the CPU: the derivative of each sample's prediction along a direction, by its gates."""
     (found,) = torch.autograd.grad((prediction * direction).sum(), gates, retain_graph=True)
-    return found.double().cpu()
+    return found.cpu().double()

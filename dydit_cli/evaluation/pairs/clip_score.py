@@ -46,8 +46,8 @@ class ClipScore:
                 attention_mask=tokens["attention_mask"],
                 pixel_values=self._pixels(rows),
             )
-            cosines = F.cosine_similarity(found.image_embeds.double(), found.text_embeds.double())
-            parts.append(100 * cosines.clamp(min=0).cpu())
+            cosines = F.cosine_similarity(found.image_embeds.cpu().double(), found.text_embeds.cpu().double())
+            parts.append(100 * cosines.clamp(min=0))
         return torch.cat(parts)
 
     def _pixels(self, images: Tensor) -> Tensor:

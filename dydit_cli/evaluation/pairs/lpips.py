@@ -73,7 +73,7 @@ class Lpips:
         total = torch.zeros(len(first), dtype=torch.float64)
         for head, left, right in zip(self.heads, self._maps(first), self._maps(second), strict=True):
             apart = F.conv2d((left - right).square(), head)
-            total += apart.mean(dim=(1, 2, 3)).double().cpu()
+            total += apart.mean(dim=(1, 2, 3)).cpu().double()
         return total
 
     def _maps(self, images: Tensor) -> list[Tensor]:

@@ -1,0 +1,1 @@
+"""What trained routers decide, measured, drawn and put into words; see `scripts/learned.py`."""

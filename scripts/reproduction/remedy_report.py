@@ -1,0 +1,203 @@
+"""What was tried for a row, and what it did: for the results, and as a table of the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from scripts.reproduction.cells import Cell
+from scripts.reproduction.remedies import (
+    CAPACITY,
+    REMEDIED,
+    REMEDIES,
+    Remedy,
+    Subject,
+    partner,
+    remedied_cells,
+    validation_cell,
+    winner,
+)
+from scripts.reproduction.verdicts import compare, table_of
+
+OPEN = "open"
+"""State of a row for which more remedies may be tried."""
+NORMAL_95 = 1.96
+NOT_MEASURED = "not measured"
+
+
+def outcome_of(
+    subject: Subject,
+    found: Mapping[Cell, Mapping[str, Any]],
+    results: Mapping[str, Any],
+    settled: str | None,
+) -> dict[str, Any]:
+    """What came of the remedies of a row, for ``results.json``.
+
+    Args:
+        subject: The row.
+        found: Results of the validation cells of remedies that have run.
+        results: Of the test reference: cells and spread over seeds.
+        settled: Name of the remedy that was chosen for the test reference, None if none won, `OPEN` while more may be tried.
+    """
+    own = found.get(validation_cell(subject))
+    spread = results["spread_over_seeds"]
+    best = winner(subject, found)
+    return {
+        "hypotheses": list(subject.hypotheses),
+        "family": subject.family,
+        "arm": subject.arm,
+        "lambda": subject.ratio,
+        "against": {"arm": subject.against[0], "lambda": subject.against[1]},
+        "as_it_is": None if own is None else _measured(own, own, found.get(partner(subject, 1))),
+        # Two cells of one seed each differ by chance, in 95 of 100 cases, by less than this share.
+        "noise": None if spread is None else NORMAL_95 * math.sqrt(2) * spread,
+        "tried": [_tried(subject, remedy, found, own) for remedy in REMEDIES],
+        "not_tried": [CAPACITY],
+        "best": None if best is None else best.name,
+        "settled": settled,
+        "test": _on_test(subject, settled, results),
+    }
+
+
+def _tried(
+    subject: Subject,
+    remedy: Remedy,
+    found: Mapping[Cell, Mapping[str, Any]],
+    own: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    named = {"remedy": remedy.name, "title": remedy.title}
+    result = found.get(validation_cell(subject, remedy))
+    if result is None or own is None:
+        return {**named, "state": NOT_MEASURED}
+    return {
+        **named,
+        "state": "measured",
+        **_measured(result, own, found.get(partner(subject, remedy.longer))),
+    }
+
+
+def _measured(
+    result: Mapping[str, Any], own: Mapping[str, Any], twin: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    return {
+        "fd": result["fd"],
+        "difference": result["fd"] - own["fd"],
+        "relative_difference": result["fd"] / own["fd"] - 1,
+        "over_partner": None if twin is None else result["fd"] / twin["fd"],
+        "held_out_loss": result["held_out_loss"],
+        "ratio": result["ratio"],
+        "gmacs": result["gmacs"],
+        "steps": result["steps"],
+        "commands": result["commands"],
+    }
+
+
+def _on_test(subject: Subject, settled: str | None, results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The remedy that won, against the test reference: beside the row that missed, and over what that was compared with."""
+    remedy = next((each for each in REMEDIES if each.name == settled), None)
+    if remedy is None:
+        return None
+    rows: dict[tuple[str, str, float, str], list[Mapping[str, Any]]] = {}
+    for cell in results["cells"]:
+        if cell["group"] not in ("choice", "remedy"):
+            rows.setdefault((cell["family"], cell["arm"], cell["lambda"], cell["variant"]), []).append(cell)
+    table = table_of(rows)
+    row = table.get(remedied_cells(subject, remedy)[0].row)
+    against = table.get(
+        (subject.family, *subject.against, f"{REMEDIED}-{remedy.name}" if remedy.longer > 1 else "")
+    )
+    if row is None or against is None:
+        return {"state": NOT_MEASURED}
+    spread = results["spread_over_seeds"]
+    ratio = compare(row, against, spread)
+    before = table.get(subject.row)
+    return {
+        "state": "measured",
+        "fd": row.fd,
+        "fd_of_the_row": None if before is None else before.fd,
+        "over_partner": (ratio.ratio, ratio.low, ratio.high),
+    }
+
+
+def remedy_lines(outcomes: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> list[str]:
+    """The part of the page, from `outcome_of` alone.
+
+    Args:
+        outcomes: Of each row.
+        titles: Of arms.
+    """
+    if not outcomes:
+        return []
+    lines = [
+        "## What was tried, and what it did",
+        "",
+        "Each remedy is the row with one thing changed, a cell of its own with seed 100, measured on the **validation** split: its "
+        "distances compare with each other, not with those above. One that trains longer is compared with what the row is compared with, "
+        "trained as long. The held-out loss is that of denoising, for all of them.",
+        "",
+    ]
+    for outcome in outcomes:
+        lines += _table(outcome, titles)
+    return lines
+
+
+def _table(outcome: Mapping[str, Any], titles: Mapping[str, str]) -> list[str]:
+    against = titles.get(outcome["against"]["arm"], outcome["against"]["arm"])
+    lines = [
+        f"### {outcome['family'].replace('dit', 'DiT').replace('sit', 'SiT')}, "
+        f"{titles.get(outcome['arm'], outcome['arm'])}, λ {outcome['lambda']:g} ({', '.join(outcome['hypotheses'])})",
+        "",
+        f"| | Fréchet ↓ | against the row | over {against} | held-out loss ↓ | ratio held out | MMACs | steps |",
+        "| --- |" + " ---: |" * 7,
+    ]
+    own = outcome["as_it_is"]
+    if own is None:
+        lines.append(f"| as it is | {NOT_MEASURED} |" + " |" * 6)
+    else:
+        lines.append(_line("as it is", own, is_own=True))
+    lines += [
+        f"| {each['title']} | {NOT_MEASURED} |" + " |" * 6
+        if each["state"] == NOT_MEASURED
+        else _line(each["title"], each)
+        for each in outcome["tried"]
+    ]
+    lines += [f"| {name} | {NOT_MEASURED} (needs a GPU) |" + " |" * 6 for name in outcome["not_tried"]]
+    return [*lines, "", _conclusion(outcome, against), ""]
+
+
+def _line(title: str, found: Mapping[str, Any], *, is_own: bool = False) -> str:
+    change = "" if is_own else f"{found['difference']:+.3f} ({found['relative_difference']:+.1%})"
+    over = "" if found["over_partner"] is None else f"{found['over_partner']:.3f}"
+    values = [f"{found['fd']:.3f}", change, over, f"{found['held_out_loss']:.5f}", f"{found['ratio']:.4f}"]
+    values += [f"{found['gmacs'] * 1e3:.2f}", f"{found['steps']:,}"]
+    return f"| {title} | {' | '.join(values)} |"
+
+
+def _conclusion(outcome: Mapping[str, Any], against: str) -> str:
+    parts = []
+    if outcome["noise"] is not None:
+        parts.append(
+            f"One seed each: by the spread over seeds of the rows above, differences below {outcome['noise']:.1%} may be chance."
+        )
+    title = {each["remedy"]: each["title"] for each in outcome["tried"]}
+    if all(each["state"] == NOT_MEASURED for each in outcome["tried"]):
+        return " ".join([*parts, "No remedy has run yet."])
+    parts.append(
+        f"Least distance of those at the row's MACs: {title[outcome['best']]}."
+        if outcome["best"] is not None
+        else "None of those that ran is better than the row at its MACs."
+    )
+    test = outcome["test"]
+    if outcome["settled"] == OPEN:
+        parts.append("More may be tried; none was measured against the test reference.")
+    elif test is not None and test["state"] != NOT_MEASURED:
+        ratio, low, high = test["over_partner"]
+        before = "" if test["fd_of_the_row"] is None else f" (the row: {test['fd_of_the_row']:.3f})"
+        parts.append(
+            f"Against the test reference, once: {title[outcome['settled']]} has {test['fd']:.3f}{before}, {ratio:.3f} of {against} "
+            f"(95 %: {low:.3f} to {high:.3f}; one seed, given the spread of the others)."
+        )
+    elif test is not None:
+        parts.append(f"{title[outcome['settled']]} has not been measured against the test reference yet.")
+    return " ".join(parts)

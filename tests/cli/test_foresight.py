@@ -1,0 +1,123 @@
+"""`--dry-run` of convert, prepare and export: everything is checked and told, nothing is written, and what is told comes true."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dydit_cli.cli.app import main
+from tests.export.artifacts import trained
+from tests.flux_parts import PIPELINE
+
+CONVERT = ["convert", "--checkpoint", "builtin:dit_fmnist", "--out", "my runs/c"]
+
+
+def weights(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    return dict(json.loads(capsys.readouterr().out))
+
+
+def test_convert(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*CONVERT, "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert "builtin:dit_fmnist, 7.52 MB of weights" in out
+    assert "6 blocks of 128 channels" in out
+    assert "next: dydit convert --checkpoint builtin:dit_fmnist --out 'my runs/c'" in err
+    assert not Path("my runs").exists()
+    assert main([*CONVERT, "--dry-run", "--json"]) == 0
+    seen = told(capsys)
+    assert seen["dry_run"] is True
+    assert seen["checkpoint"]["params"]["static"] == 1_879_328
+    assert not Path("my runs").exists()
+    assert main(CONVERT) == 0
+    assert seen["writes"]["bytes"] == pytest.approx(weights(Path("my runs/c")), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--checkpoint", "nowhere.pt"], "There is no checkpoint at nowhere.pt"),
+        (["--calibrate", "fashion-mnist-subst"], "did you mean 'fashion-mnist-subset'?"),
+        (["--family", "dti"], "did you mean 'dit'?"),
+        (["--device", "tpu"], "is not a device"),
+    ],
+)
+def test_what_would_fail_fails(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*CONVERT[:1], "--out", "c", "--checkpoint", "builtin:dit_fmnist", *words, "--dry-run"]) == 2
+    assert said.lower() in capsys.readouterr().err.lower()
+    Path("c").mkdir()
+    Path("c/a").touch()
+    assert main([*CONVERT[:-1], "c", "--dry-run"]) == 2
+    assert "c exists already" in capsys.readouterr().err
+
+
+def test_convert_counts_the_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*CONVERT, "--calibrate", "fashion-mnist-subset", "--dry-run"]) == 0
+    assert "data of the calibration: fashion-mnist-subset, 10,000 samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [[], ["--mirror", "--dtype", "bfloat16"]], ids=["plain", "mirror"])
+def test_prepare(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["prepare", "--data", "fashion-mnist-subset", "--pipeline", PIPELINE, "--caption", "a {class}"]
+    words += ["--resolution", "28", "--limit", "600", "--out", "cache", *more]
+    assert main([*words, "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert "28x28 (600)" in out
+    assert "10 distinct" in out
+    assert "9,400 pictures are left out" in err
+    assert not Path("cache").exists()
+    assert main([*words, "--dry-run", "--json"]) == 0
+    seen = told(capsys)
+    assert main([*words, "--json"]) == 0
+    made = told(capsys)
+    assert (seen["samples"], seen["texts"]) == (made["samples"], made["texts"])
+    assert seen["writes"]["bytes"] == pytest.approx(made["nbytes"], rel=0.05)
+
+
+def test_prepare_from_prompts(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("prompts.txt").write_text("a sneaker\na bag\n")
+    words = ["prepare", "--prompts", "prompts.txt", "--count", "8", "--pipeline", PIPELINE, "--steps", "1"]
+    words += ["--resolution", "28", "--out", "cache"]
+    assert main([*words, "--dry-run", "--json"]) == 0
+    seen = told(capsys)
+    assert (seen["kind"], seen["samples"], seen["texts"]) == ("drawings", 8, 2)
+    assert not Path("cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "exact"),
+    [
+        (["--format", "diffusers"], 0.02),
+        # Headers of files weigh something in a model as small as this.
+        (["--format", "diffusers", "--dtype", "bfloat16"], 0.05),
+        (["--format", "static"], 0.1),
+    ],
+    ids=lambda value: "-".join(value[1::2]) if isinstance(value, list) else "",
+)
+def test_export(more: list[str], exact: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = trained(tmp_path / "t", in_channels=1)
+    words = ["export", "--model", str(model), "--out", "e", *more]
+    assert main([*words, "--dry-run"]) == 0
+    assert "0.5120 of attention and MLP MACs" in capsys.readouterr().out
+    assert main([*words, "--dry-run", "--json"]) == 0
+    seen = told(capsys)
+    assert not Path("e").exists()
+    assert main([*words, "--json"]) == 0
+    made = told(capsys)
+    written = sum(made["files"][name] for name in made["sha256"])
+    assert seen["writes"]["bytes"] == pytest.approx(written, rel=exact)
+    assert seen["license"] == made["license"] == "unknown"
+
+
+def test_export_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(trained(tmp_path / "t", in_channels=1))
+    assert main(["export", "--model", model, "--out", "e", "--measured", "nowhere", "--dry-run"]) == 2
+    assert "Nothing was measured" in capsys.readouterr().err
+    assert main(["export", "--model", model, "--out", model, "--dry-run"]) == 2
+    assert "the model that is to be exported" in capsys.readouterr().err
