@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dydit_cli.cli import completing, console, options, stage
+from dydit_cli.cli import completing, console, foresight, options, stage
 from dydit_cli.cli.launched import run_in_processes
 from dydit_cli.cli.progress import progress_bar
 from dydit_cli.cli.standing import warn_if_hardly_cheaper
@@ -19,6 +19,7 @@ from dydit_cli.shell import quoted
 if TYPE_CHECKING:
     from dydit_cli.evaluation.collecting import Progress
     from dydit_cli.evaluation.evaluate import Evaluated
+    from dydit_cli.evaluation.settings import EvaluationSettings
     from dydit_cli.recipe.schema import EvaluateSection
 
 EXAMPLES = (
@@ -164,6 +165,7 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; `dydit compare` reads it.")] = None,
     overwrite: options.Overwrite = None,
+    dry_run: options.DryRun = False,
     json: options.AsJson = False,
 ) -> None:
     """Measure how good samples are, and with --against how near a dynamic model stays to its static one.
@@ -178,6 +180,9 @@ def evaluate(
     # An option that may be repeated is an empty list when it is not given.
     context.params["fail_if"] = context.params["fail_if"] or None
     request = stage.resolve(context, EvaluateSection)
+    if dry_run:
+        foresight.show(_foreseen(request.section), context, request.recipe.to_yaml(), as_json=json)
+        return
     run_in_processes(context, request.section.processes)
     evaluated = evaluate_with_progress(request.section, request.recipe.to_yaml())
     cost = evaluated.report.cost
@@ -193,6 +198,20 @@ def evaluate(
 def evaluate_with_progress(section: EvaluateSection, recipe_yaml: str | None = None) -> Evaluated:
     """Run an evaluation with a progress bar on stderr."""
     from dydit_cli.evaluation.evaluate import evaluate as run
+
+    with _progress() as on_progress:
+        return run(
+            str(section.samples or section.model),
+            settings_of(section),
+            out=section.out,
+            overwrite=section.overwrite,
+            recipe_yaml=recipe_yaml,
+            on_progress=on_progress,
+        )
+
+
+def settings_of(section: EvaluateSection) -> EvaluationSettings:
+    """A recipe's section as the evaluation takes it."""
     from dydit_cli.evaluation.inputs.model import SamplingSettings
     from dydit_cli.evaluation.settings import EvaluationSettings
 
@@ -212,7 +231,7 @@ def evaluate_with_progress(section: EvaluateSection, recipe_yaml: str | None = N
         device=section.device,
         dtype=section.dtype,
     )
-    settings = EvaluationSettings(
+    return EvaluationSettings(
         sampling=sampling,
         limit=section.num_images,
         videos=section.videos,
@@ -228,15 +247,30 @@ def evaluate_with_progress(section: EvaluateSection, recipe_yaml: str | None = N
         statistics=section.statistics,
         fail_if=section.fail_if or (),
     )
-    with _progress() as on_progress:
-        return run(
+
+
+def _foreseen(section: EvaluateSection) -> foresight.Foresight:
+    """What `--dry-run` shows: all is opened, and nothing is sampled."""
+    from dydit_cli.evaluation.foresight import foresee
+
+    with _progress():
+        seen = foresee(
             str(section.samples or section.model),
-            settings,
+            settings_of(section),
             out=section.out,
             overwrite=section.overwrite,
-            recipe_yaml=recipe_yaml,
-            on_progress=on_progress,
         )
+    count = f"{seen.images:,} {'videos' if section.videos else 'images'}"
+    reads = [(seen.kind, f"{seen.subject}, {count} {'drawn' if seen.kind == 'model' else 'read'}")]
+    if seen.against is not None:
+        reads.append(("against", f"{seen.against}, image by image"))
+    if seen.reference is not None:
+        reads.append(("reference", seen.reference))
+    makes = [("measures", ", ".join(seen.measures))]
+    makes += [("with", seen.extractor)] if seen.extractor is not None else []
+    if seen.sampling is not None:
+        makes += [("sampling", seen.sampling), ("runs on", seen.device)]
+    return foresight.Foresight(reads=reads, makes=makes, out=section.out, nbytes=None, facts=seen.as_json())
 
 
 @contextmanager

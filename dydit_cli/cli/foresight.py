@@ -24,7 +24,7 @@ class Foresight:
     Attributes:
         reads: What it would read: (what, words).
         makes: What it would make of it: (what, words).
-        out: Where it would write.
+        out: Where it would write; None if nowhere.
         nbytes: How much, if that is known.
         exact: Whether it is that much, or that at most.
         memory: Bytes that it needs beside the libraries, if that is known.
@@ -34,7 +34,7 @@ class Foresight:
 
     reads: Sequence[tuple[str, str]]
     makes: Sequence[tuple[str, str]]
-    out: Path
+    out: Path | None
     nbytes: int | None
     exact: bool = True
     memory: int | None = None
@@ -55,7 +55,7 @@ def show(seen: Foresight, context: typer.Context, recipe_yaml: str, *, as_json: 
 
     from dydit_cli.cli.plan import size
 
-    free = free_bytes(seen.out)
+    free = free_bytes(seen.out or Path())
     warnings = list(seen.warnings)
     if seen.nbytes is not None and seen.nbytes > free:
         warnings.append(
@@ -89,7 +89,7 @@ def show(seen: Foresight, context: typer.Context, recipe_yaml: str, *, as_json: 
             for place, (what, words) in enumerate(seen.reads)
         ),
         *seen.makes,
-        ("writes", f"{seen.out}, {amount}"),
+        ("writes", "nothing" if seen.out is None else f"{seen.out}, {amount}"),
         ("memory", UNKNOWN if seen.memory is None else f"about {size(seen.memory)} beside the libraries"),
         ("time", UNKNOWN),
     ]

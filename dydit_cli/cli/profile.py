@@ -178,6 +178,7 @@ def profile_with_progress(request: Request[ProfileSection]) -> tuple[ProfileRepo
     from dydit_cli.objectives import objective_of
     from dydit_cli.profiling.inputs import find_inputs
     from dydit_cli.profiling.profile import profile as run
+    from dydit_cli.profiling.profile import refuse_baked
     from dydit_cli.profiling.token_maps import token_maps
     from dydit_cli.profiling.writing import write_profile
     from dydit_cli.recipe.schema import SampleSection
@@ -197,6 +198,7 @@ def profile_with_progress(request: Request[ProfileSection]) -> tuple[ProfileRepo
             progress.update(task, description=what, completed=done, total=total)
 
         model = _model(section, device)
+        refuse_baked(model)
         inputs: Inputs | None = None
         if section.model is not None:
             folder = Path(section.model).expanduser()

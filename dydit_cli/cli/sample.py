@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dydit_cli.cli import completing, console, options, stage
+from dydit_cli.cli import completing, console, foresight, options, stage
 from dydit_cli.cli.launched import run_in_processes
 from dydit_cli.cli.progress import progress_bar
 from dydit_cli.cli.standing import beside, warn_if_hardly_cheaper
@@ -159,6 +160,7 @@ def sample(
     ] = None,
     out: options.Out = None,
     overwrite: options.Overwrite = None,
+    dry_run: options.DryRun = False,
     json: options.AsJson = False,
 ) -> None:
     """Draw images with a dynamic model.
@@ -172,6 +174,9 @@ def sample(
 
     request = stage.resolve(context, SampleSection)
     _note_idle(request.section)
+    if dry_run:
+        foresight.show(_foreseen(request.section), context, request.recipe.to_yaml(), as_json=json)
+        return
     run_in_processes(context, request.section.processes)
     report = sample_with_progress(request.section, request.recipe.to_yaml())
     if report.kind == "latents":
@@ -185,6 +190,45 @@ def sample(
     console.results().print(summary(report))
     console.say(f"Written to {report.out}: {', '.join(report.files)}")
     console.note(f"next: {_next_command(request.section, report)}")
+
+
+def _foreseen(section: SampleSection) -> foresight.Foresight:
+    """What `--dry-run` shows."""
+    from dydit_cli.cli.plan import size
+    from dydit_cli.export.lineage import lineage_of
+    from dydit_cli.sampling.foresight import foresee
+
+    seen = foresee(section)
+    reads = [("model", f"{seen.model} ({seen.family}), {size(seen.read_bytes)} of weights")]
+    reads += [
+        (name, str(value))
+        for name in ("pipeline", "prompts", "cache", "vae")
+        if (value := getattr(section, name)) is not None
+    ]
+    steps = "steps of its own choice" if seen.steps is None else f"{seen.steps} steps"
+    guidance = "" if seen.guidance is None else f", guidance {seen.guidance:g}"
+    ratio = lineage_of(section.model).ratio
+    cost = f"{seen.static_gmacs * seen.branches:.3g} GMACs a step and sample of the complete model"
+    if section.execution == "static":
+        ratio = None
+    elif ratio is not None:
+        cost += f"; held out, the model did {ratio:.3f} of attention and MLP"
+    return foresight.Foresight(
+        reads=reads,
+        makes=[
+            (
+                seen.kind,
+                f"{seen.samples:,} of {' x '.join(map(str, seen.shape))}, in batches of {seen.batch}",
+            ),
+            ("sampler", f"{seen.sampler}, {steps}{guidance}"),
+            ("cost", cost),
+            ("runs on", f"{seen.device}, {section.execution} execution, {section.dtype}"),
+        ],
+        out=section.out,
+        nbytes=seen.nbytes,
+        exact=seen.kind == "latents",
+        facts=seen.as_json() | {"ratio": ratio},
+    )
 
 
 def _note_idle(section: SampleSection) -> None:
@@ -237,4 +281,9 @@ def _next_command(section: SampleSection, report: SampleReport) -> str:
     if report.kind == "latents":
         pictures = beside(section.out, f"{section.out.name}-pictures")
         return f"dydit sample --model {model} --vae VAE --num-images {section.num_images} --seed {section.seed} --out {pictures}"
+    if (Path(section.model).expanduser() / "transformer").is_dir():
+        # It is an export already.
+        steps = "" if report.steps is None else f" --steps {report.steps}"
+        out = beside(section.out, "evaluation")
+        return f"dydit evaluate {model} --against static --sampler {report.sampler}{steps} --num-images 500 --out {out}"
     return f"dydit export --model {model} --format diffusers --out {beside(section.out, 'export')}"

@@ -66,7 +66,7 @@ def fixed_widths(what: str) -> DyditError:
     return DyditError(
         f"The widths of this model are baked. {what}",
         why="Its width routers are gone; what each timestep runs stands in a table.",
-        fix="Use the dynamic model that it was exported from.",
+        fix="Use the dynamic model that it was exported from; at the baked timesteps both do the same.",
     )
 
 

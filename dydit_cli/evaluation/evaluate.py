@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,24 +12,21 @@ import torch
 
 from dydit_cli.artifacts import artifact_folder, write_json, write_manifest
 from dydit_cli.artifacts.manifest import device_description, versions
-from dydit_cli.artifacts.writing import refuse_existing
 from dydit_cli.errors import DyditError
 from dydit_cli.evaluation.collecting import Collected, Progress, collect
-from dydit_cli.evaluation.conditions import Condition, read_condition
-from dydit_cli.evaluation.extractors.choosing import open_extractor
+from dydit_cli.evaluation.conditions import Condition
 from dydit_cli.evaluation.extractors.extractor import Extractor
-from dydit_cli.evaluation.extractors.fashion import NAME as FASHION
 from dydit_cli.evaluation.inputs.model import ModelImages, executed_mmacs
-from dydit_cli.evaluation.inputs.opening import open_source
 from dydit_cli.evaluation.inputs.source import ImageSource
 from dydit_cli.evaluation.metrics.measure import Measure, bootstrapped_mean
-from dydit_cli.evaluation.pairs.against import Against, compare_with
+from dydit_cli.evaluation.opening import open_evaluation
+from dydit_cli.evaluation.pairs.against import compare_with
 from dydit_cli.evaluation.pairs.sheets import write_sheet
 from dydit_cli.evaluation.reference import Reference, open_reference, write_statistics
 from dydit_cli.evaluation.report import FILE, Cost, EvaluationReport
 from dydit_cli.evaluation.scoring import Scores, score
-from dydit_cli.evaluation.settings import AUTO, EvaluationSettings
-from dydit_cli.processes.world import World, join
+from dydit_cli.evaluation.settings import EvaluationSettings
+from dydit_cli.processes.world import World
 from dydit_cli.randomness import generator
 
 LEAST_IMAGES = 2
@@ -67,27 +64,14 @@ def evaluate(
         DyditError: For what cannot be, before anything is sampled where possible.
     """
     started = time.perf_counter()
-    conditions = [read_condition(text) for text in settings.fail_if]
-    _check(settings, conditions, out)
-    if out is not None:
-        refuse_existing(Path(out), overwrite)
-    world = join(settings.processes, settings.sampling.device)
-    path, device = Path(subject).expanduser(), world.device(settings.sampling.device)
-    if world.size > 1:
-        # Each process's own.
-        settings = replace(settings, sampling=replace(settings.sampling, device=str(device)))
-    progress = _sampling(on_progress, settings, "images")
-    source = open_source(path, settings.sampling, progress, settings.limit, settings.videos)
-    against = Against.opened(settings, source, device) if settings.against is not None else None
-    extractor, reason = _extractor(settings, source, device)
-    reference_name = settings.reference or (
-        FASHION if extractor is not None and extractor.name == FASHION else None
-    )
+    opened = open_evaluation(subject, settings, out=out, overwrite=overwrite, on_progress=on_progress)
+    settings, source, against, extractor = opened.settings, opened.source, opened.against, opened.extractor
+    world, device, path = opened.world, opened.device, opened.path
     reference = None
-    if reference_name is not None and extractor is not None:
-        reference = open_reference(reference_name, extractor, on_progress, settings.videos, world)
+    if opened.reference is not None and extractor is not None:
+        reference = open_reference(opened.reference, extractor, on_progress, settings.videos, world)
     found = collect(source, extractor, keep_images=against is not None, on_progress=on_progress, world=world)
-    scores = _scores(found, extractor, reference, reason)
+    scores = _scores(found, extractor, reference, opened.without_extractor)
     pairs = compare_with(against, found, on_progress, world) if against is not None else None
     report = EvaluationReport(
         name=path.name or str(path),
@@ -134,81 +118,7 @@ def evaluate(
                 device=device,
             )
     # After the files: what was measured is kept, also where a condition cannot be judged.
-    return Evaluated(report, _failures(conditions, report))
-
-
-def _check(settings: EvaluationSettings, conditions: Sequence[Condition], out: str | Path | None) -> None:
-    if settings.clip is not None and settings.prompts is None:
-        raise DyditError(
-            "A CLIP score needs prompts.",
-            why="It compares images with the texts they were made from.",
-            fix="Pass --prompts FILE, a line for each class or image.",
-        )
-    paired = {name for name in ("lpips", "clip") if getattr(settings, name) is not None}
-    if paired and settings.against is None:
-        raise DyditError(
-            f"--{min(paired)} is given without --against.",
-            why="LPIPS and CLIP scores are measured on pairs.",
-            fix="Pass --against STATIC as well, or leave it out.",
-        )
-    pairwise = [condition for condition in conditions if "." in condition.key]
-    if pairwise and settings.against is None:
-        raise DyditError(
-            f"The condition '{pairwise[0].text}' needs pairs.",
-            why="No --against is given, so that nothing is compared pair by pair.",
-            fix="Pass --against STATIC, a static model or its images from the same seeds.",
-        )
-    optional = {"lpips": settings.lpips, "clip": settings.clip, "clip_against": settings.clip}
-    for condition in conditions:
-        name = condition.key.partition(".")[0]
-        if name in optional and optional[name] is None:
-            option = f"--{name.partition('_')[0]}"
-            raise DyditError(
-                f"The condition '{condition.text}' cannot be judged.",
-                why=f"It is measured with weights of yours, and no {option} is given.",
-                fix=f"Pass {option} FOLDER as well.",
-            )
-    if settings.statistics and out is None:
-        raise DyditError(
-            "The statistics have nowhere to go.",
-            why="They are written into the folder of the evaluation.",
-            fix="Pass --out FOLDER.",
-        )
-
-
-def _extractor(
-    settings: EvaluationSettings, source: ImageSource, device: torch.device
-) -> tuple[Extractor | None, str]:
-    """The network, or None and why there is none; only pairs can be measured then."""
-    if settings.extractor != AUTO:
-        return open_extractor(settings.extractor, settings.resize, device), ""
-    extractor = open_extractor(FASHION, settings.resize, device)
-    try:
-        _probe(source, extractor)
-    except DyditError:
-        if settings.against is None:
-            raise
-        return None, "no --extractor was given, and the Fashion-MNIST network cannot judge these images"
-    return extractor, ""
-
-
-def _probe(source: ImageSource, extractor: Extractor) -> None:
-    """Ask the network for the first image, without sampling a model for it.
-
-    Raises:
-        DyditError: If it cannot take it.
-    """
-    if isinstance(source, ModelImages):
-        geometry = source.model.geometry
-        grey = source.decoder is None and geometry.in_channels == 1
-        shape = (1, geometry.sample_size, geometry.sample_size, 1 if grey else 3)
-        image = torch.zeros(shape, dtype=torch.uint8)
-        # What a model with three channels makes is taken to have colours.
-        image[..., 0] = 0 if grey else 1
-        extractor.features(image)
-        return
-    first = next(source.batches(1)).images
-    extractor.features(first.flatten(0, 1)[:1] if first.ndim == 5 else first)
+    return Evaluated(report, _failures(opened.conditions, report))
 
 
 def _scores(
@@ -275,8 +185,3 @@ def _recorded(settings: EvaluationSettings) -> dict[str, Any]:
     sampling = vars(settings.sampling) | {"keep_bias": str(settings.sampling.keep_bias)}
     others = {name: value for name, value in vars(settings).items() if name != "sampling"}
     return {**sampling, **others, "fail_if": list(settings.fail_if)}
-
-
-def _sampling(on_progress: Progress, settings: EvaluationSettings, what: str) -> Callable[[float], None]:
-    """Progress of a model's own steps, which come many to a batch."""
-    return lambda done: on_progress(what, done, settings.sampling.num_images)

@@ -22,6 +22,7 @@ from dydit_cli.evaluation.inputs.idx import open_idx, packaged_subset
 from dydit_cli.evaluation.inputs.kinds import is_model
 from dydit_cli.evaluation.inputs.model import SamplingSettings
 from dydit_cli.evaluation.inputs.opening import open_source
+from dydit_cli.evaluation.inputs.source import ImageSource
 from dydit_cli.evaluation.metrics.moments import Moments, moments_of
 from dydit_cli.processes.world import ALONE, World
 
@@ -68,26 +69,53 @@ def open_reference(
     if name == FASHION:
         return _packaged(extractor, on_progress, world)
     path = Path(name).expanduser()
-    if path.suffix == ".npz" and "mu" in names_in(path):
+    if _is_statistics(path):
         return _statistics(path, extractor, on_progress, world)
+    source = _images(path, videos)
+    found = collect(source, extractor, what="reference", on_progress=on_progress, world=world)
+    return _of_images(found, source.describe())
+
+
+def check_reference(name: str, extractor: Extractor, videos: bool = False) -> None:
+    """See that a reference is there and fits, without a look at its images. The arguments are those of `open_reference`.
+
+    Raises:
+        DyditError: As `open_reference`.
+    """
+    path = Path(name).expanduser()
+    if name == FASHION:
+        _refuse_packaged(extractor)
+    elif _is_statistics(path):
+        _read(path, extractor)
+    else:
+        _images(path, videos)
+
+
+def _is_statistics(path: Path) -> bool:
+    return path.suffix == ".npz" and "mu" in names_in(path)
+
+
+def _images(path: Path, videos: bool) -> ImageSource:
     if is_model(path):
         raise DyditError(
             f"The reference {path} is a model.",
             why="A reference is data, or statistics of data.",
             fix="Pass real images; to compare with a model's images, write them with `dydit sample` first, or use --against.",
         )
-    source = open_source(path, SamplingSettings(), videos=videos)
-    found = collect(source, extractor, what="reference", on_progress=on_progress, world=world)
-    return _of_images(found, source.describe())
+    return open_source(path, SamplingSettings(), videos=videos)
 
 
-def _packaged(extractor: Extractor, on_progress: Progress, world: World) -> Reference:
+def _refuse_packaged(extractor: Extractor) -> None:
     if extractor.name != FASHION:
         raise DyditError(
             "The packaged reference does not fit the network.",
             why=f"Its statistics are those of the Fashion-MNIST network's features; the network is {extractor.title}.",
             fix="Pass --reference with statistics or images of your data.",
         )
+
+
+def _packaged(extractor: Extractor, on_progress: Progress, world: World) -> Reference:
+    _refuse_packaged(extractor)
     path = fashion_statistics()
     pooled, spatial, _ = _read(path, extractor)
     images = open_idx(packaged_subset())

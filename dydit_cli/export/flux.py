@@ -50,6 +50,22 @@ def export_flux(source: Source, settings: ExportSection, folder: Path, say: Prog
     Raises:
         DyditError: For everything that a user can put right.
     """
+    model, tensors = open_flux(source, settings, say)
+    if settings.format == "diffusers":
+        return _write_pipeline(source, settings, model, tensors, folder, say)
+    refuse_parts(settings)
+    write = _write_original if settings.format == "original" else _write_static
+    return write(source, settings, model, tensors, folder, say)
+
+
+def open_flux(
+    source: Source, settings: ExportSection, say: Progress
+) -> tuple[DyFluxTransformer2DModel, LazyTensors]:
+    """A model without weights (on the device ``meta``), and its weights, none of them read yet.
+
+    Raises:
+        DyditError: If some are missing, and for a budget, which no FLUX serves.
+    """
     say("reading the model")
     with torch.device("meta"):
         model = DyFluxTransformer2DModel(**arguments_of(source))
@@ -58,11 +74,7 @@ def export_flux(source: Source, settings: ExportSection, folder: Path, say: Prog
         model.set_budget(settings.budget)
     tensors = lazily(open_checkpoint(model_folder(source.path)).tensors)
     check_whole(model, tensors, source.path)
-    if settings.format == "diffusers":
-        return _write_pipeline(source, settings, model, tensors, folder, say)
-    refuse_parts(settings)
-    write = _write_original if settings.format == "original" else _write_static
-    return write(source, settings, model, tensors, folder, say)
+    return model, tensors
 
 
 def pipeline_of(geometry: FluxGeometry, given: str | None) -> str:

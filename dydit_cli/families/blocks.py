@@ -95,6 +95,12 @@ class FinalLayer(nn.Module):
         return projected
 
 
+def branch_modulation(adaln: nn.Module, condition: Tensor | None) -> BranchModulation:
+    """What adaLN does to attention and to the MLP, for a (B, C) condition."""
+    values = adaln(condition).chunk(6, dim=1)
+    return Modulation(*values[:3]), Modulation(*values[3:])
+
+
 class DynamicDiTBlock(nn.Module):
     """An adaLN-Zero block whose heads, MLP groups and MLP tokens are dynamic.
 
@@ -173,8 +179,7 @@ class DynamicDiTBlock(nn.Module):
         if offset is not None:
             hidden_states = hidden_states + offset
         if modulation is None:
-            values = self.adaLN_modulation(condition).chunk(6, dim=1)
-            modulation = Modulation(*values[:3]), Modulation(*values[3:])
+            modulation = branch_modulation(self.adaLN_modulation, condition)
         if isinstance(executor, BlockCompiler):
             done = executor.run_block(self, hidden_states, modulation, width, gating, index)
             if done is not None:

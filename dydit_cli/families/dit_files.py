@@ -24,7 +24,7 @@ from dydit_cli.checkpoints.lazy import LazyTensors, TensorSpec, lazily
 from dydit_cli.errors import DyditError
 from dydit_cli.families import original_dit
 from dydit_cli.families.family import Hints, Source
-from dydit_cli.families.original_dit import check_axes, heads_of
+from dydit_cli.families.original_dit import check_axes, depth_of, heads_of
 
 CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 DIFFUSERS_KEYS = (
@@ -283,7 +283,7 @@ def _geometry(tensors: Mapping[str, Tensor], hints: Hints) -> dict[str, Any]:
         "patch_size": patch,
         "in_channels": in_channels,
         "hidden_size": hidden,
-        "num_layers": _depth(tensors),
+        "num_layers": depth_of(tensors, BLOCK_KEY),
         "num_attention_heads": heads,
         "num_classes": specs[DIFFUSERS_KEYS[1]].shape[0] - 1,
         "mlp_hidden_size": specs["transformer_blocks.0.ff.net.0.proj.weight"].shape[0],
@@ -293,14 +293,3 @@ def _geometry(tensors: Mapping[str, Tensor], hints: Hints) -> dict[str, Any]:
         "frequency_shift": FREQUENCY_SHIFT,
         "mlp_norm_eps": float(config.get("norm_eps", DEFAULT_EPS)),
     }
-
-
-def _depth(tensors: Mapping[str, Tensor]) -> int:
-    numbers = {int(match[1]) for key in tensors if (match := BLOCK_KEY.match(key))}
-    if max(numbers) != len(numbers) - 1:
-        raise DyditError(
-            f"The checkpoint holds {len(numbers)} blocks, the last of which is number {max(numbers)}.",
-            why="Blocks are numbered from 0 without gaps, so that some are missing.",
-            fix="Save the state dict of the whole model again.",
-        )
-    return len(numbers)

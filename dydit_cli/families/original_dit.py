@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -114,7 +114,7 @@ def _geometry(tensors: Mapping[str, Tensor], hints: Hints) -> dict[str, Any]:
         "patch_size": patch,
         "in_channels": in_channels,
         "hidden_size": hidden,
-        "num_layers": _depth(tensors),
+        "num_layers": depth_of(tensors),
         "num_attention_heads": heads_of(hidden, hints),
         "num_classes": labels.shape[0] - 1 if labels is not None else 0,
         "mlp_hidden_size": tensors["blocks.0.mlp.fc1.weight"].shape[0],
@@ -140,8 +140,13 @@ def check_axes(tensors: Mapping[str, Tensor], expected: Mapping[str, int]) -> No
             )
 
 
-def _depth(tensors: Mapping[str, Tensor]) -> int:
-    numbers = {int(match[1]) for key in tensors if (match := BLOCK_KEY.match(key))}
+def depth_of(tensors: Iterable[str], block_key: re.Pattern[str] = BLOCK_KEY) -> int:
+    """The number of blocks, by the names of the tensors; the first group of ``block_key`` is a block's number.
+
+    Raises:
+        DyditError: If some are missing.
+    """
+    numbers = {int(match[1]) for key in tensors if (match := block_key.match(key))}
     if max(numbers) != len(numbers) - 1:
         raise DyditError(
             f"The checkpoint holds {len(numbers)} blocks, the last of which is number {max(numbers)}.",

@@ -20,13 +20,12 @@ from dydit_cli.execution.interface import (
     BranchModulation,
     DynamicBlock,
     Executor,
-    Modulation,
     add_gated,
     attention_with,
     mlp_with,
     modulated,
 )
-from dydit_cli.families.blocks import NORM_EPS
+from dydit_cli.families.blocks import NORM_EPS, branch_modulation
 
 
 class PrunedDiTBlock(nn.Module):
@@ -95,8 +94,7 @@ class PrunedDiTBlock(nn.Module):
     ) -> Tensor:
         """See `DynamicDiTBlock`; every token enters the MLP."""
         if modulation is None:
-            values = self.adaLN_modulation(condition).chunk(6, dim=1)
-            modulation = Modulation(*values[:3]), Modulation(*values[3:])
+            modulation = branch_modulation(self.adaLN_modulation, condition)
         tokens = hidden_states if offset is None else hidden_states + offset
         decisions.note(index, tokens.new_ones(1, 1).expand(tokens.shape[0], tokens.shape[1]))
         if isinstance(executor, CompiledStaticExecutor):

@@ -14,6 +14,7 @@ import torch
 
 from dydit_cli.artifacts.manifest import versions
 from dydit_cli.data.conditions import conditions_of
+from dydit_cli.dynamic.baked import fixed_widths
 from dydit_cli.dynamic.gates import ThresholdGating
 from dydit_cli.execution import CompactExecutor
 from dydit_cli.families.dynamic_model import DynamicModel
@@ -163,6 +164,16 @@ class ProfileReport:
         return _rounded(asdict(self))
 
 
+def refuse_baked(model: DynamicModel) -> None:
+    """See that a model can be asked at any timestep.
+
+    Raises:
+        DyditError: For baked widths.
+    """
+    if model.config.get("baked") is not None:
+        raise fixed_widths("A profile looks at timesteps that are not in their table.")
+
+
 def profile(
     model: DynamicModel,
     settings: ProfileSettings | None = None,
@@ -182,9 +193,11 @@ def profile(
 
     Raises:
         ValueError: If a dynamic model comes without inputs.
+        DyditError: For baked widths.
     """
     settings = settings or ProfileSettings()
     static = model.execution == "static"
+    refuse_baked(model)
     objective = objective_of(model)
     complete = macs_of(model.geometry)
     if inputs is not None:

@@ -12,19 +12,18 @@ from typing import Any
 
 import torch
 
-from dydit_cli.artifacts import artifact_folder, load_model, model_config, write_manifest
+from dydit_cli.artifacts import artifact_folder, load_model, write_manifest
 from dydit_cli.artifacts.manifest import device_description
 from dydit_cli.artifacts.writing import refuse_existing
 from dydit_cli.errors import DyditError
-from dydit_cli.families.family import require
-from dydit_cli.families.registry import class_named, family_named
 from dydit_cli.pipelines.autoencoder import Autoencoder
 from dydit_cli.processes.world import World, join
-from dydit_cli.sampling.decoding import ROUNDING, VaeDecoder, makes_pixels, open_vae, vae_config
-from dydit_cli.sampling.generate import Batch, Progress, check_settings, generate
+from dydit_cli.sampling.checking import check_run
+from dydit_cli.sampling.decoding import ROUNDING, VaeDecoder, makes_pixels, open_vae
+from dydit_cli.sampling.generate import Batch, Progress, generate
 from dydit_cli.sampling.prompts import TextRequest
-from dydit_cli.sampling.text_run import refuse_companions, refuse_texts, strength_of, text_arguments
-from dydit_cli.sampling.video_writing import DEFAULT_FORMATS, DEFAULT_FPS, VideoWriter, check_video_formats
+from dydit_cli.sampling.text_run import strength_of, text_arguments
+from dydit_cli.sampling.video_writing import DEFAULT_FORMATS, DEFAULT_FPS, VideoWriter
 from dydit_cli.sampling.writing import SampleWriter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -148,27 +147,14 @@ def sample(
         "batch_size": batch_size,
         "deterministic": deterministic,
     }
-    config = model_config(model)
-    model_class = class_named(config["_class_name"])
-    if model_class is None:
-        raise TypeError(config["_class_name"])
-    family = family_named(model_class.family)
-    require(family, "dydit sample")
-    request_of_text = TextRequest(prompt, prompts, pipeline, cache)
-    texts = family.objective == "rectified-flow"
-    channels = int(config["in_channels"])
-    settings = check_settings(family.objective, 0 if texts else int(config["num_classes"]), **request)
-    if texts:
-        refuse_companions(config)
-        folder_of_parts = request_of_text.check()
-    else:
-        refuse_texts(request_of_text, height, width)
-    check_video_formats(video_formats, fps)
+    text = TextRequest(prompt, prompts, pipeline, cache)
+    checked = check_run(
+        model, request, text, vae=vae, height=height, width=width, video_formats=video_formats, fps=fps
+    )
+    settings, texts = checked.settings, checked.texts
     world = join(processes, device)
     place, number_type = world.device(device), _dtype_named(dtype)
     refuse_existing(Path(out), overwrite)
-    if vae is not None and not texts:
-        vae_config(Path(vae).expanduser(), channels)
 
     loaded = load_model(
         model,
@@ -187,13 +173,13 @@ def sample(
     said: tuple[str, ...] = ()
     if texts:
         asked, decoder, said = text_arguments(
-            loaded, request_of_text, folder_of_parts, vae, guidance, height, width, place, number_type
+            loaded, text, checked.parts, vae, guidance, height, width, place, number_type
         )
         settings = replace(settings, classes=tuple(range(len(said))))
     else:
-        decoder = open_vae(vae, channels, place) if vae is not None else None
+        decoder = open_vae(vae, checked.channels, place) if vae is not None else None
     labels = [settings.label(index) for index in range(num_images)]
-    pixels = (makes_pixels(channels) and not texts) or decoder is not None
+    pixels = (makes_pixels(checked.channels) and not texts) or decoder is not None
     # Latents are written as they are, whatever they are latents of.
     videos = pixels and len(loaded.geometry.sample_shape) == 4
     with artifact_folder(out, overwrite=overwrite) if world.is_first else nullcontext(Path(out)) as folder:

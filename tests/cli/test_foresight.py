@@ -121,3 +121,80 @@ def test_export_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "Nothing was measured" in capsys.readouterr().err
     assert main(["export", "--model", model, "--out", model, "--dry-run"]) == 2
     assert "the model that is to be exported" in capsys.readouterr().err
+
+
+def test_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "sample",
+        "--model",
+        str(trained(tmp_path / "t", in_channels=1)),
+        "--num-images",
+        "5",
+        "--steps",
+        "2",
+        "--out",
+        "s",
+    ]
+    assert main([*words, "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert "ddpm, 2 steps, guidance 1.5" in out
+    assert "next: dydit sample --model" in err
+    assert not Path("s").exists()
+    assert main([*words, "--dry-run", "--json"]) == 0
+    seen = told(capsys)
+    assert (seen["kind"], seen["samples"], seen["batch"]) == ("images", 5, 5)
+    assert main(words) == 0
+    pictures = [*Path("s/images").glob("*.png"), Path("s/samples.npz")]
+    assert 0 < sum(file.stat().st_size for file in pictures) < 2 * seen["writes"]["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--classes", "99"], "The model has no class 99"),
+        (["--prompt", "a bag"], "The model takes no prompts"),
+        (["--budget", "0.5"], "budget"),
+        (["--device", "tpu"], "is not a device"),
+    ],
+)
+def test_a_sampling_that_would_fail_fails(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(
+            [
+                "sample",
+                "--model",
+                str(trained(tmp_path / "t", in_channels=1)),
+                "--out",
+                "s",
+                *words,
+                "--dry-run",
+            ]
+        )
+        == 2
+    )
+    assert said in capsys.readouterr().err
+
+
+def test_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "evaluate",
+        str(trained(tmp_path / "t", in_channels=1, sample_size=32)),
+        "--against",
+        "static",
+        "--num-images",
+        "50",
+        "--out",
+        "e",
+    ]
+    assert main([*words, "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert "50 images drawn" in out
+    assert "PSNR and SSIM of pairs" in out
+    assert "next: dydit evaluate" in err
+    assert main([*words, "--dry-run", "--json"]) == 0
+    assert told(capsys)["reference"] == "fashion-mnist"
+    assert main([*words, "--reference", "nowhere", "--dry-run"]) == 2
+    assert main([*words, "--fail-if", "lpips>1", "--dry-run"]) == 2
+    assert not Path("e").exists()

@@ -21,6 +21,7 @@ from dydit_cli.families.backbone import DynamicTransformer
 from dydit_cli.flops import executed_ratio, macs_of
 from dydit_cli.inspection.inspect import inspect
 from dydit_cli.profiling.counting import count_compact
+from dydit_cli.profiling.profile import profile
 from dydit_cli.sampling.run import sample
 from tests.export.artifacts import exported, trained
 from tests.export.test_pipeline import CLASSES, GUIDANCE, run
@@ -124,6 +125,12 @@ def test_other_timesteps_are_an_error_that_names_the_baked_ones() -> None:
         baked.set_execution("static")
         baked(inputs[0], given, inputs[2])
         assert baked.denoise(*inputs, gating=CompleteGating())[1].heads.all()
+
+
+def test_a_profile_which_asks_at_other_timesteps_is_refused_before_it_begins() -> None:
+    baked, _ = baked_model(tiny_model())
+    with pytest.raises(DyditError, match="A profile looks at timesteps that are not in their table"):
+        profile(baked)
 
 
 def test_what_is_fixed_stays(tmp_path: Path) -> None:

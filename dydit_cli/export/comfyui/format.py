@@ -6,17 +6,12 @@ import shutil
 from importlib import resources
 from pathlib import Path
 
-import torch
-
-from dydit_cli.artifacts.loading import model_folder
-from dydit_cli.checkpoints import open_checkpoint
 from dydit_cli.checkpoints.layout import Rearranged
-from dydit_cli.checkpoints.lazy import lazily
 from dydit_cli.errors import DyditError
 from dydit_cli.export.comfyui.card import comfyui_card
 from dydit_cli.export.comfyui.layout import comfyui_layout
 from dydit_cli.export.comfyui.verify import node_difference
-from dydit_cli.export.flux import arguments_of, check_whole, refuse_parts, without_identity_orders
+from dydit_cli.export.flux import arguments_of, open_flux, refuse_parts, without_identity_orders
 from dydit_cli.export.format import Format
 from dydit_cli.export.refusals import refuse_following_timestep
 from dydit_cli.export.report import ExportReport, Progress, Source, report_of, subject_of
@@ -47,14 +42,7 @@ def write_comfyui(source: Source, settings: ExportSection, folder: Path, say: Pr
             why="They come from a plug-in of yours, and the node knows dydit's own kinds.",
             fix="Pass --format static for the complete model.",
         )
-    say("reading the model")
-    with torch.device("meta"):
-        model = DyFluxTransformer2DModel(**arguments_of(source))
-    if settings.budget is not None:
-        # No FLUX has budgets; the model says so.
-        model.set_budget(settings.budget)
-    tensors = lazily(open_checkpoint(model_folder(source.path)).tensors)
-    check_whole(model, tensors, source.path)
+    model, tensors = open_flux(source, settings, say)
     kept = without_identity_orders(tensors)
     renamed = Rearranged(kept, comfyui_layout(kept.specs, ordered=width == "ordered"))
     written = Cast(renamed, {"*": settings.dtype} if settings.dtype else {})

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from dydit_cli.dynamic.gates import Gating
@@ -25,7 +24,7 @@ from dydit_cli.execution.interface import (
 )
 from dydit_cli.execution.slices import Slice, closed, entered
 from dydit_cli.execution.units import SlicedLayer
-from dydit_cli.export.programs.streams import ProgramStreams
+from dydit_cli.export.programs.streams import ProgramStreams, through_kept
 from dydit_cli.export.programs.weights import UnitWeights, active_units
 
 Deciding = Callable[[Sequence[RoutedBlock], Tensor, Gating], Sequence[BlockWidth]]
@@ -76,14 +75,4 @@ class ProgramExecutor(ProgramStreams):
     ) -> Tensor:
         """See `Executor`."""
         weights = self.active(block.mlp, active_units(width.groups))
-        rows = tokens.flatten(0, 1)
-        kept = keep.flatten().nonzero().squeeze(1)
-        sample = kept // tokens.shape[1]
-        inputs = modulated(
-            block.norm2(rows.index_select(0, kept)),
-            modulation.shift.index_select(0, sample),
-            modulation.scale.index_select(0, sample),
-        )
-        hidden = F.gelu(entered(inputs, weights), approximate="tanh")
-        update = modulation.gate.index_select(0, sample) * closed(hidden, weights)
-        return rows.index_add(0, kept, update.to(rows.dtype)).view_as(tokens)
+        return through_kept(tokens, keep, block.norm2, modulation, weights)

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dydit_cli.execution.interface import BlockWidth, Modulation, add_gated, modulated
 from dydit_cli.execution.slices import Slice, closed, entered
@@ -51,7 +51,8 @@ class ProgramStreams(ABC):
         text_inputs = modulated(block.norm2_context(text), text_shift[:, None], text_scale[:, None])
         text_update = through_mlp(text_inputs, self.active(block.text_channels, active_units(text_groups)))
         text = within_half(add_gated(text, text_mlp_gate[:, None], text_update))
-        image = self._image_mlp(block, image, Modulation(shift, scale, mlp_gate), keep, width)
+        weights = self.active(block.image_channels, active_units(width.groups))
+        image = through_kept(image, keep, block.norm2, Modulation(shift, scale, mlp_gate), weights)
         return image, text, keep
 
     def _joint_attention(
@@ -66,22 +67,6 @@ class ProgramStreams(ABC):
         key = rotated(torch.cat([attn.norm_added_k(text_key), attn.norm_k(key)], dim=1), rope)
         mixed = attention(query, key, torch.cat([text_value, value], dim=1)).to(query.dtype)
         return closed(mixed[:, length:], of_image), closed(mixed[:, :length], of_text)
-
-    def _image_mlp(
-        self, block: DoubleBlock, image: Tensor, values: Modulation, keep: Tensor, width: BlockWidth
-    ) -> Tensor:
-        """(B, N, C) image tokens of which those of the (B, N) mask have gone through the MLP."""
-        rows = image.flatten(0, 1)
-        kept = keep.flatten().nonzero().squeeze(1)
-        sample = kept // image.shape[1]
-        inputs = modulated(
-            block.norm2(rows.index_select(0, kept)),
-            values.shift.index_select(0, sample),
-            values.scale.index_select(0, sample),
-        )
-        update = through_mlp(inputs, self.active(block.image_channels, active_units(width.groups)))
-        update = values.gate.index_select(0, sample) * update
-        return rows.index_add(0, kept, update.to(rows.dtype)).view_as(image)
 
     def single(self, block: SingleBlock, call: StreamCall) -> Decided:
         """See `StreamExecutor`."""
@@ -139,3 +124,19 @@ def through_mlp(inputs: Tensor, weights: Slice, biased: bool = True) -> Tensor:
     """(..., C) -> (..., C) through the active groups."""
     hidden = F.gelu(entered(inputs, weights), approximate="tanh")
     return closed(hidden, weights, biased=biased)
+
+
+def through_kept(
+    tokens: Tensor, keep: Tensor, norm: nn.Module, modulation: Modulation, weights: Slice
+) -> Tensor:
+    """(B, N, C) tokens, of which those of the (B, N) mask have gone through norm, modulation and MLP, and back with its gate."""
+    rows = tokens.flatten(0, 1)
+    kept = keep.flatten().nonzero().squeeze(1)
+    sample = kept // tokens.shape[1]
+    inputs = modulated(
+        norm(rows.index_select(0, kept)),
+        modulation.shift.index_select(0, sample),
+        modulation.scale.index_select(0, sample),
+    )
+    update = modulation.gate.index_select(0, sample) * through_mlp(inputs, weights)
+    return rows.index_add(0, kept, update.to(rows.dtype)).view_as(tokens)
