@@ -45,9 +45,10 @@ def table(results: Mapping[str, Any]) -> str:
     ]
     lines += [
         "",
-        f"Small models of Fashion-MNIST on {around['device']}; {around['images']:,} samples of {around['sampler_steps']} steps each. "
-        "± is one standard deviation, over seeds where there are several, else of sampling alone. Pruned rows are the best of three "
-        f"rankings, chosen after the fact. {around['cells_done']} of {around['cells_all']} cells of the [protocol](docs/protocol.md) "
+        f"Small models of Fashion-MNIST on {', '.join(around['devices'])}; {around['images']:,} samples of {around['sampler_steps']} "
+        "steps each. ± is one standard deviation, over seeds where there are several, else of sampling alone. Pruned rows are the best "
+        "of up to three rankings, chosen after the fact. "
+        f"{around['cells_done']} of {around['cells_all']} cells of the [protocol](docs/protocol.md) "
         "have run; "
         "[docs/results.md](docs/results.md) has all of them.",
     ]

@@ -26,6 +26,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -34,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from dydit_cli.artifacts import atomic_write, write_json
+from dydit_cli.artifacts.manifest import file_hash
 from dydit_cli.checkpoints.builtin import PREFIX, builtin_models
 from dydit_cli.data.idx import read_idx
 from dydit_cli.data.opening import PACKAGED
@@ -122,9 +124,10 @@ def base_of(family: str, given: str | None, quick: bool) -> str:
 
 def validation_archive(data: str, out: Path) -> Path:
     """The test images of the data as an archive: what choices are measured against, and nothing else."""
-    file = out / "validation.npz"
+    folder = PACKAGED.get(data, Path(data))
+    held = "".join(file_hash(file) for file in sorted(folder.glob("t10k-*-ubyte*")))
+    file = out / f"validation-{sha256(held.encode()).hexdigest()[:8]}.npz"
     if not file.exists():
-        folder = PACKAGED.get(data, Path(data))
         parts = {}
         for name, dimensions in (("images-idx3", 3), ("labels-idx1", 1)):
             found = sorted(folder.glob(f"t10k-{name}-ubyte*"))
@@ -169,8 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.quick:
             print("error: a quick run is no evidence and is not published", file=sys.stderr)
             return 2
-        _report(book, REPOSITORY / "docs", quick=False)
-        return 0
+        return _publish(book)
     claims, failed = Claims(out / "claims"), False
     if not options.timing:
         after = partial(_report, book, out, options.quick)
@@ -256,6 +258,24 @@ def _list(runner: Runner, book: Book) -> None:
             state = ("begun, " if planned.folder.exists() else "") + minutes(runner.price(planned))
         print(f"{cell.group:9} {cell.name:52} {state}")
     print(f"all that is left: {minutes(price_of(runner, wanted))}")
+
+
+def _publish(book: Book) -> int:
+    """Write the page out of what has run, unless nothing has, or what has belongs to other settings."""
+    strangers, found = book.strangers(), book.published()
+    if not found["circumstances"]["cells_done"]:
+        rest = f", and {len(strangers)} of other settings, such as {strangers[0]}" if strangers else ""
+        print(
+            f"error: {book.runner.out} has no finished cell of these settings{rest}.\n"
+            "  fix: give the same --data, --dit, --sit and --recipe-rates as the runs that made them.",
+            file=sys.stderr,
+        )
+        return 2
+    for name in strangers:
+        print(f"note: {name} is left out: it ran with other settings, bases, data or another version")
+    for file in write_report(found, REPOSITORY / "docs", quick=False):
+        _say(f"  written: {file}")
+    return 0
 
 
 def _report(book: Book, folder: Path, quick: bool) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from dydit_cli.artifacts import write_json
-from dydit_cli.artifacts.manifest import device_description
 from scripts.reproduction.cells import CONTROL, Cell
 from scripts.reproduction.remedies import (
     HYPOTHESES,
@@ -29,7 +28,7 @@ from scripts.reproduction.remedies import (
 )
 from scripts.reproduction.remedy_report import OPEN, outcome_of
 from scripts.reproduction.report import results_of
-from scripts.reproduction.running import REPOSITORY, Runner, Say
+from scripts.reproduction.running import REPOSITORY, RESULT, Runner, Say
 from scripts.reproduction.working import done, is_done
 
 REFERENCE_IMAGES = 60_000
@@ -132,12 +131,17 @@ class Book:
             if timing.exists():
                 held["timing"] = _read_json(timing)
             found.append(held)
-            if cell.group == "choice" and (chosen := runner.chosen(cell.family, cell.kind)):
+            if (
+                runner.chooses
+                and cell.group == "choice"
+                and (chosen := runner.chosen(cell.family, cell.kind))
+            ):
                 distances = {str(rate): value for rate, value in chosen[1].items()}
                 choices[f"{cell.family} {cell.kind}"] = {"rate": chosen[0], "distances": distances}
         add_times(found)
-        rows = list(dict.fromkeys(cell.row for cell in (*self.cells, *remedied) if not cell.is_validated))
-        planned_names = {cell.name for cell in self.cells}
+        rows = dict(Counter(cell.row for cell in (*self.cells, *remedied) if not cell.is_validated))
+        # Choices that nothing depends on are not asked for.
+        planned_names = {cell.name for cell in self.cells if runner.chooses or cell.group != "choice"}
         circumstances = {
             "quick": self._options.quick,
             "images": sizes.images,
@@ -148,12 +152,20 @@ class Book:
             "learning_rates": "chosen on the validation split"
             if runner.chooses
             else "the recipes' own, not chosen",
-            "device": device_description("cpu"),
+            "devices": dict(Counter(cell["device"] for cell in found)),
+            "versions": list(dict.fromkeys(_versions(cell["versions"]) for cell in found)),
             "cells_done": sum(cell["name"] in planned_names for cell in found),
-            "cells_all": len(self.cells),
+            "cells_all": len(planned_names),
             "codes": dict(Counter(code for cell in found for code in cell.get("code", []))),
         }
         return results_of(found, rows, circumstances, choices)
+
+    def strangers(self) -> list[str]:
+        """Finished cells of the folder that are none of these: of other settings, bases, data or another version."""
+        known = (*self.cells, *all_remedies(), *self.remedied())
+        mine = {planned.folder.name for cell in known if (planned := done(self.runner, cell)) is not None}
+        finished = {file.parent.name for file in self.runner.out.glob(f"cells/*/{RESULT}")}
+        return sorted(finished - mine)
 
     def published(self) -> dict[str, Any]:
         """`results` and what came of the remedies, without the names of this machine's folders."""
@@ -185,6 +197,11 @@ class Book:
 
     def _named(self, cell: Cell) -> bool:
         return not self._options.only or any(fnmatch(cell.name, pattern) for pattern in self._options.only)
+
+
+def _versions(found: Mapping[str, str]) -> str:
+    """Those that results depend on, in words."""
+    return ", ".join(f"{name} {found[name]}" for name in ("torch", "diffusers") if name in found)
 
 
 def _row_name(subject: Subject) -> str:

@@ -18,11 +18,10 @@ from scripts.reproduction.remedies import (
     validation_cell,
     winner,
 )
-from scripts.reproduction.verdicts import compare, table_of
+from scripts.reproduction.verdicts import Spread, compare, student, table_of
 
 OPEN = "open"
 """State of a row for which more remedies may be tried."""
-NORMAL_95 = 1.96
 NOT_MEASURED = "not measured"
 
 
@@ -41,7 +40,7 @@ def outcome_of(
         settled: Name of the remedy that was chosen for the test reference, None if none won, `OPEN` while more may be tried.
     """
     own = found.get(validation_cell(subject))
-    spread = results["spread_over_seeds"]
+    spread = _spread(results)
     best = winner(subject, found)
     return {
         "hypotheses": list(subject.hypotheses),
@@ -51,7 +50,7 @@ def outcome_of(
         "against": {"arm": subject.against[0], "lambda": subject.against[1]},
         "as_it_is": None if own is None else _measured(own, own, found.get(partner(subject, 1))),
         # Two cells of one seed each differ by chance, in 95 of 100 cases, by less than this share.
-        "noise": None if spread is None else NORMAL_95 * math.sqrt(2) * spread,
+        "noise": None if spread is None else student(spread.freedom) * math.sqrt(2) * spread.relative,
         "tried": [_tried(subject, remedy, found, own) for remedy in REMEDIES],
         "not_tried": [CAPACITY],
         "best": None if best is None else best.name,
@@ -109,8 +108,9 @@ def _on_test(subject: Subject, settled: str | None, results: Mapping[str, Any]) 
     )
     if row is None or against is None:
         return {"state": NOT_MEASURED}
-    spread = results["spread_over_seeds"]
-    ratio = compare(row, against, spread)
+    ratio = compare(row, against, _spread(results))
+    if ratio is None:
+        return {"state": NOT_MEASURED}
     before = table.get(subject.row)
     return {
         "state": "measured",
@@ -164,6 +164,11 @@ def _table(outcome: Mapping[str, Any], titles: Mapping[str, str]) -> list[str]:
     ]
     lines += [f"| {name} | {NOT_MEASURED} (needs a GPU) |" + " |" * 6 for name in outcome["not_tried"]]
     return [*lines, "", _conclusion(outcome, against), ""]
+
+
+def _spread(results: Mapping[str, Any]) -> Spread | None:
+    found = results["spread_over_seeds"]
+    return None if found is None else Spread(**found)
 
 
 def _line(title: str, found: Mapping[str, Any], *, is_own: bool = False) -> str:

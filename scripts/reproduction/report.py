@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dydit_cli.artifacts import atomic_write, write_json
-from scripts.reproduction.cells import VALIDATED
+from dydit_cli.checkpoints.builtin import PREFIX
+from scripts.reproduction.cells import PRUNED, VALIDATED
 from scripts.reproduction.remedy_report import remedy_lines
-from scripts.reproduction.verdicts import Row, RowKey, best_pruning, pooled_spread, table_of, verdicts
+from scripts.reproduction.verdicts import (
+    Planned,
+    Row,
+    RowKey,
+    best_pruning,
+    pooled_spread,
+    table_of,
+    verdicts,
+)
 
 SCHEMA = 1
 NOT_MEASURED = "not measured"
@@ -29,6 +39,8 @@ TITLES = {
     "width-only": "width alone (TDW)",
     "tokens-only": "tokens alone (SDT)",
 }
+LONG = "_long"
+"""What the names of base models end with that were trained until they gained little."""
 COLOURS = {"dynamic": "#1f6f8b", "static-control": "#222222", "base": "#888888"}
 PRUNED_COLOUR, OTHER_COLOUR = "#c05621", "#6b8e23"
 METRICS = {
@@ -42,7 +54,7 @@ METRICS = {
 
 def results_of(
     cells: Sequence[Mapping[str, Any]],
-    expected: Sequence[RowKey],
+    expected: Planned,
     circumstances: Mapping[str, Any],
     choices: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -50,7 +62,7 @@ def results_of(
 
     Args:
         cells: Results of the cells that have run.
-        expected: Rows of the protocol, measured or not.
+        expected: Rows of the protocol, measured or not, and how many seeds each is to have.
         circumstances: What all of them share.
         choices: Learning rates by family and kind, each with the validation distances that chose it.
     """
@@ -61,19 +73,36 @@ def results_of(
                 cell
             )
     table = table_of(grouped)
+    spread = pooled_spread(table)
     return {
         "schema": SCHEMA,
         "circumstances": dict(circumstances),
         "headline": _headline(table),
         "headline_notes": _headline_notes(table),
         "verdicts": {
-            family: [each.as_dict() for each in verdicts(table, family)] for family in ("dit", "sit")
+            family: [each.as_dict() for each in verdicts(table, family, expected)]
+            for family in ("dit", "sit")
         },
-        "spread_over_seeds": pooled_spread(table),
+        "spread_over_seeds": None if spread is None else asdict(spread),
         "choices": dict(choices),
-        "rows": [_row(key, table.get(key), grouped.get(key, [])) for key in expected],
+        "rows": [
+            _row(key, table.get(key), grouped.get(key, [])) | {"seeds_planned": expected[key]}
+            for key in sorted(expected, key=_place)
+        ],
         "cells": [dict(cell) for cell in cells],
     }
+
+
+def _place(key: RowKey) -> tuple[Any, ...]:
+    """Where a row stands: what all are compared with, the dynamic models with their prunings by λ, then other ways to be dynamic."""
+    family, arm, ratio, variant = key
+    first = ("static-control", "base")
+    if arm in first:
+        return family, 0, 0.0, first.index(arm), arm, variant
+    together = ("dynamic", *PRUNED)
+    if arm in together and not variant:
+        return family, 1, -ratio, together.index(arm), arm, variant
+    return family, 2, -ratio, list(TITLES).index(arm) if arm in TITLES else len(TITLES), arm, variant
 
 
 def _headline(table: Mapping[RowKey, Row]) -> dict[str, Any]:
@@ -94,6 +123,9 @@ def _headline_notes(table: Mapping[RowKey, Row]) -> dict[str, Any]:
     return {
         "fd": "Fréchet distance to the test reference, mean over seeds; null is not measured",
         "fd_std": "standard deviation over seeds where there are several, else of sampling alone; see rows[].fd_std_of",
+        "gmacs": "of one forward for one image, as executed on average while sampling",
+        "seconds_per_image": "of a whole sampling run: the paired ratio to the control's time, times the control's seconds; null is not "
+        "measured",
         "best_static_pruning_0.5": None if pruned is None else pruned[0].removeprefix("pruned-"),
     }
 
@@ -128,6 +160,7 @@ def _row(key: RowKey, row: Row | None, cells: Sequence[Mapping[str, Any]]) -> di
         "ratio": row.ratio,
         "trajectory_ratio": row.trajectory_ratio,
         "time_ratio": row.time_ratio,
+        "timing": next((cell["timing"] for cell in cells if "timing" in cell), None),
         "learning_rate": row.rate,
         "parameters": cells[0]["parameters"],
         "metrics": metrics,
@@ -170,14 +203,25 @@ def page(results: Mapping[str, Any], plots: Sequence[str], *, quick: bool) -> st
         "",
         f"{around['images']:,} samples, {around['sampler_steps']} steps (DDIM for DiT, Euler for SiT), guidance 1; Fréchet distance to the "
         f"statistics of {around['reference_images']:,} training images by the network {around['hashes']['network'][:12]}. "
-        f"{around['cells_done']} of {around['cells_all']} cells have run on {around['device']}. "
-        f"Learning rates: {around['learning_rates']}.",
+        f"{around['cells_done']} of {around['cells_all']} cells have run, on {', '.join(around['devices']) or 'nothing yet'}"
+        f"{' with ' + '; '.join(around['versions']) if around['versions'] else ''}.",
+        "",
+        f"- **Base models**: {_bases(around['bases'])}.",
+        f"- **Learning rates**: {around['learning_rates']}{_rates(results['rows'])}.",
+        "- **± and 95 %**: ± is one standard deviation over seeds; of rows with one seed that of sampling alone, which takes samples for "
+        "independent and is therefore too large, since classes come in turn. The 95 % interval of a ratio of two distances is that of "
+        "Student's t on its logarithm, from the spread over seeds.",
+        "- **Verdicts**: held if the whole interval fulfils the claim, missed if none of it does, undecided otherwise, and not measured "
+        "while cells that it rests on have not run.",
         "",
         "## Verdicts",
         "",
     ]
     for family, found in results["verdicts"].items():
-        if all(each["outcome"] == NOT_MEASURED for each in found):
+        base = around["bases"].get(family, "")
+        if base.startswith(PREFIX) and not base.endswith(LONG):
+            parts += _warning(family, base, results["rows"])
+        if all(each["text"] == NOT_MEASURED for each in found):
             continue
         parts += [
             f"{_family(family)}:",
@@ -190,7 +234,7 @@ def page(results: Mapping[str, Any], plots: Sequence[str], *, quick: bool) -> st
             for each in found
         ]
         parts.append("")
-    if all(each["outcome"] == NOT_MEASURED for found in results["verdicts"].values() for each in found):
+    if all(each["text"] == NOT_MEASURED for found in results["verdicts"].values() for each in found):
         parts += ["None could be reached yet.", ""]
     for family in ("dit", "sit"):
         parts += _table(results, family)
@@ -241,11 +285,11 @@ def _table(results: Mapping[str, Any], family: str) -> list[str]:
             title,
             lam,
             f"{row['fd']:.3f} ± {row['fd_std']:.3f}",
-            str(len(row["seeds"])),
+            _seeds(row),
             f"{row['gmacs'] * 1e3:.2f}",
             _number(row["ratio"], ".4f"),
             _number(row["trajectory_ratio"], ".4f"),
-            _number(row["time_ratio"], ".3f"),
+            _time_ratio(row),
             _number(row["seconds_per_image"], ".2f", 1e3),
             *(
                 _number(
@@ -257,7 +301,8 @@ def _table(results: Mapping[str, Any], family: str) -> list[str]:
         lines.append(f"| {' | '.join(values)} |")
     lines += [
         "",
-        "± is one standard deviation: over seeds where there are several, else of sampling alone.",
+        "What is blank was not measured. MMACs: of a forward, as executed while sampling, routers included. Times: "
+        f"{_timed(rows)}. KID, precision and recall: to 10,000 of the training images.",
         "",
     ]
     return lines
@@ -265,6 +310,60 @@ def _table(results: Mapping[str, Any], family: str) -> list[str]:
 
 def _number(value: float | None, form: str, scale: float = 1) -> str:
     return "" if value is None else format(value * scale, form)
+
+
+def _bases(bases: Mapping[str, str]) -> str:
+    return ", ".join(f"{_family(family)} `{base}`" for family, base in bases.items())
+
+
+def _rates(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The learning rates of the rows that have run, the commonest without its rows."""
+    found: dict[float, list[str]] = {}
+    for row in rows:
+        if row.get("learning_rate") is not None:
+            arms = found.setdefault(row["learning_rate"], [])
+            arms += [] if (title := TITLES.get(row["arm"], row["arm"])) in arms else [title]
+    if not found:
+        return ""
+    common = max(found, key=lambda rate: len(found[rate]))
+    others = [f"{rate:g} ({', '.join(arms)})" for rate, arms in found.items() if rate != common]
+    return ": " + ", ".join([f"{common:g}", *others])
+
+
+def _warning(family: str, base: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of a base that stopped before it had converged; nothing where no row stands on it."""
+    if not any(row["family"] == family and row["state"] != NOT_MEASURED for row in rows):
+        return []
+    return [
+        f"> {_family(family)}: every row starts from `{base}`, which was not trained until it gained little any more, so that more "
+        "training alone flatters all of them.",
+        "",
+    ]
+
+
+def _seeds(row: Mapping[str, Any]) -> str:
+    done, planned = len(row["seeds"]), row["seeds_planned"]
+    return str(done) if done >= planned else f"{done} of {planned}"
+
+
+def _time_ratio(row: Mapping[str, Any]) -> str:
+    if row["time_ratio"] is None:
+        return ""
+    timing = row["timing"]
+    if timing is None or row["arm"] == "static-control":
+        return f"{row['time_ratio']:.3f}"
+    return f"{row['time_ratio']:.3f} [{timing['low']:.3f}, {timing['high']:.3f}]"
+
+
+def _timed(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How the times of a table were measured."""
+    timing = next((row["timing"] for row in rows if row.get("timing") is not None), None)
+    if timing is None:
+        return "not measured"
+    return (
+        f"median of {timing['pairs']} paired ratios to the control, with its 95 % interval, in batches of {timing['batch']} on "
+        f"{timing['device']}; ms an image are that ratio times the control's"
+    )
 
 
 def _chosen(results: Mapping[str, Any]) -> list[str]:

@@ -31,13 +31,17 @@ COMPUTING = (
     "checkpoints",
     "conversion",
     "data",
+    "devices.py",
     "dynamic",
     "evaluation",
     "execution",
     "families",
     "flops.py",
     "objectives",
+    "plugged.py",
+    "processes",
     "randomness.py",
+    "recipe",
     "sampling",
     "training",
 )
@@ -178,22 +182,27 @@ class Runner:
     def _rate(self, cell: Cell) -> float | None:
         if cell.rate is not None or not self.chooses:
             return cell.rate
-        chosen = self.chosen(cell.family, cell.kind) or self.chosen("dit", cell.kind)
+        # A kind that chooses nothing in its own family follows the DiT's choice.
+        family = cell.family if self._rivals(cell.family, cell.kind) else "dit"
+        chosen = self.chosen(family, cell.kind)
         if chosen is None:
             raise Missing(
-                f"its learning rate is chosen by the cells {cell.family}-{cell.kind}-*-rate*, which have not all run"
+                f"its learning rate is chosen by the cells {family}-{cell.kind}-*-rate*, which have not all run"
             )
         return chosen[0]
 
-    def chosen(self, family: str, kind: str) -> tuple[float, dict[float, float]] | None:
-        """The learning rate with the least validation distance, and the distances; None until all have run."""
-        rivals = [
+    def _rivals(self, family: str, kind: str) -> list[Cell]:
+        """The cells by which a learning rate is chosen."""
+        return [
             cell
             for cell in self._cells
             if cell.group == "choice" and (cell.family, cell.arm) == (family, kind)
         ]
+
+    def chosen(self, family: str, kind: str) -> tuple[float, dict[float, float]] | None:
+        """The learning rate with the least validation distance, and the distances; None until all have run."""
         found = {}
-        for rival in rivals:
+        for rival in self._rivals(family, kind):
             result = self.plan(rival).result
             if result is None:
                 return None

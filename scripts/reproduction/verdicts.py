@@ -1,7 +1,8 @@
 """The hypotheses, and how a table decides about them. Nothing here reads a file.
 
 Distances are compared as ratios of means over seeds. The 95 % interval of a ratio comes from the spread over seeds (Student's t on
-the logarithm); a row with one seed is given the relative spread of the rows that have several, which is said in its verdict.
+the logarithm, Welch's degrees of freedom); a row with one seed is given the relative spread of the rows that have several, which is said
+in its verdict. A verdict is reached when every cell that it rests on has run, and not before.
 """
 
 from __future__ import annotations
@@ -12,11 +13,30 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 8: 2.306, 10: 2.228}
+T_95 = {
+    1: 12.706,
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    6: 2.447,
+    7: 2.365,
+    8: 2.306,
+    9: 2.262,
+    10: 2.228,
+    11: 2.201,
+    12: 2.179,
+    15: 2.131,
+    20: 2.086,
+    30: 2.042,
+}
 """Two-sided 95 % quantiles of Student's t by degrees of freedom (a table of statistics)."""
 
 MMACS_TOLERANCE = 0.01
 """Within which MACs count as equal."""
+
+CLAIMED = {"dit": ("H1", "H2", "H3", "H4"), "sit": ("H1", "H2")}
+"""The hypotheses of each family."""
 
 Outcome = Literal["held", "missed", "undecided", "not measured"]
 
@@ -65,6 +85,21 @@ class Row:
 
 RowKey = tuple[str, str, float, str]
 Table = Mapping[RowKey, Row]
+Planned = Mapping[RowKey, int]
+"""Seeds of each row that the protocol asks for."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How much a distance differs from seed to seed.
+
+    Attributes:
+        relative: Standard deviation over the mean.
+        freedom: Degrees of freedom of that estimate.
+    """
+
+    relative: float
+    freedom: int
 
 
 @dataclass(frozen=True)
@@ -84,8 +119,9 @@ class Verdict:
     Attributes:
         name: Short.
         statement: What was claimed beforehand.
-        outcome: ``held`` if the whole interval fulfils it, ``missed`` if none of it does, else ``undecided``.
-        text: The numbers.
+        outcome: ``held`` if the whole interval fulfils it, ``missed`` if none of it does, else ``undecided``; ``not measured`` while
+            cells that it rests on have not run.
+        text: The numbers, and what is still to come.
         ratio: Of distances, with its interval; None if not measured.
     """
 
@@ -100,31 +136,50 @@ class Verdict:
         return asdict(self)
 
 
-def pooled_spread(table: Table) -> float | None:
-    """Relative standard deviation over seeds, root mean square over the rows that have several."""
-    found = [row.fd_std / row.fd for row in table.values() if len(row.distances) > 1]
-    return math.sqrt(fmean(value**2 for value in found)) if found else None
+def student(freedom: float) -> float:
+    """The two-sided 95 % quantile of Student's t, for the next lower degrees of freedom that the table has."""
+    return T_95[max(known for known in T_95 if known <= max(1.0, freedom))]
 
 
-def compare(above: Row, below: Row, spread: float | None) -> Comparison:
+def pooled_spread(table: Table) -> Spread | None:
+    """The spread over seeds of the rows that have several, by their degrees of freedom; None if no row has."""
+    found = [
+        (row.fd_std / row.fd, len(row.distances) - 1) for row in table.values() if len(row.distances) > 1
+    ]
+    freedom = sum(count for _, count in found)
+    if not freedom:
+        return None
+    return Spread(math.sqrt(sum(count * value**2 for value, count in found) / freedom), freedom)
+
+
+def compare(above: Row, below: Row, spread: Spread | None) -> Comparison | None:
     """The ratio of two mean distances.
 
     Args:
         above: The numerator.
         below: The denominator.
-        spread: Relative standard deviation for rows of one seed; their sampling's if None.
+        spread: Of rows of one seed.
+
+    Returns:
+        The ratio and its interval; None where a row has one seed and no spread is known.
     """
-    variance, freedom, borrowed = 0.0, 0, False
+    # Variances of the logarithms of both means, each with its degrees of freedom; what is borrowed is one estimate, however often.
+    parts, borrowed = [], 0.0
     for row in (above, below):
         count = len(row.distances)
-        relative = row.fd_std / row.fd
-        if count == 1 and spread is not None:
-            relative, borrowed = max(relative, spread), True
-        variance += relative**2 / count
-        freedom += max(1, count - 1)
-    nearest = max(known for known in T_95 if known <= freedom)
-    ratio, half = above.fd / below.fd, T_95[nearest] * math.sqrt(variance)
-    return Comparison(ratio, ratio * math.exp(-half), ratio * math.exp(half), borrowed)
+        if count > 1:
+            parts.append(((row.fd_std / row.fd) ** 2 / count, count - 1))
+        elif spread is None:
+            return None
+        else:
+            borrowed += spread.relative**2
+    if borrowed and spread is not None:
+        parts.append((borrowed, spread.freedom))
+    variance = sum(value for value, _ in parts)
+    welch = sum(value**2 / freedom for value, freedom in parts)
+    ratio = above.fd / below.fd
+    half = student(variance**2 / welch) * math.sqrt(variance) if variance else 0.0
+    return Comparison(ratio, ratio * math.exp(-half), ratio * math.exp(half), bool(borrowed))
 
 
 def best_pruning(table: Table, family: str, ratio: float) -> tuple[str, Row] | None:
@@ -137,30 +192,97 @@ def best_pruning(table: Table, family: str, ratio: float) -> tuple[str, Row] | N
     return min(found, key=lambda item: item[1].fd) if found else None
 
 
-def at_most(
-    name: str, statement: str, above: Row | None, below: Row | None, limit: float, spread: float | None
-) -> Verdict:
-    """The verdict on "the distance of ``above`` is at most ``limit`` times that of ``below``"."""
+def verdicts(table: Table, family: str = "dit", planned: Planned | None = None) -> list[Verdict]:
+    """All verdicts of the protocol on a family.
+
+    Args:
+        table: What has run.
+        family: ``dit`` or ``sit``.
+        planned: What every row needs before a verdict rests on it; what there is, if not given.
+    """
+    planned = planned or {}
+    control, half = (family, "static-control", 1.0, ""), (family, "dynamic", 0.5, "")
+    pruned = best_pruning(table, family, 0.5)
+    prunings = [key for key in planned if key[0] == family and key[2] == 0.5 and key[1].startswith("pruned-")]
+    best = (family, pruned[0], 0.5, "") if pruned else (family, "pruned", 0.5, "")
+    claims = {
+        "H1": _Claim("λ = 0.5 is within 10 % of the static control's Fréchet distance", half, control, 1.10),
+        "H2": _Claim(
+            "the best static pruning at the MACs of λ = 0.5 has at least 1.5 times its distance",
+            best,
+            half,
+            1.5,
+            at_least=True,
+            beside=tuple(prunings),
+        ),
+        "H3": _Claim(
+            "λ = 0.3 is within 40 % of the static control's distance",
+            (family, "dynamic", 0.3, ""),
+            control,
+            1.40,
+        ),
+        "H4": _Claim(
+            "TD-LoRA at λ = 0.5 is within 10 % of full fine-tuning", (family, "td-lora", 0.5, ""), half, 1.10
+        ),
+    }
+    spread = pooled_spread(table)
+    found = [_judged(name, claims[name], table, planned, spread) for name in CLAIMED[family]]
+    return [*found, _equal_cost(table, family, planned)]
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """That one row's distance is at most (or at least) so many times another's; ``beside`` are rows that it rests on as well."""
+
+    statement: str
+    above: RowKey
+    below: RowKey
+    limit: float
+    at_least: bool = False
+    beside: tuple[RowKey, ...] = ()
+
+
+def _judged(name: str, claim: _Claim, table: Table, planned: Planned, spread: Spread | None) -> Verdict:
+    above, below = table.get(claim.above), table.get(claim.below)
     if above is None or below is None:
-        return Verdict(name, statement, "not measured", "not measured")
+        return Verdict(name, claim.statement, "not measured", "not measured")
+    missing = to_come((claim.above, claim.below, *claim.beside), table, planned)
     found = compare(above, below, spread)
-    outcome: Outcome = "held" if found.high <= limit else "missed" if found.low > limit else "undecided"
+    if found is None:
+        text = f"{above.fd:.3f} / {below.fd:.3f} = {above.fd / below.fd:.3f}; one seed, whose spread is not known"
+        return Verdict(
+            name, claim.statement, "not measured" if missing else "undecided", text + _rest(missing)
+        )
+    if claim.at_least:
+        outcome: Outcome = (
+            "held" if found.low >= claim.limit else "missed" if found.high < claim.limit else "undecided"
+        )
+    else:
+        outcome = (
+            "held" if found.high <= claim.limit else "missed" if found.low > claim.limit else "undecided"
+        )
     return Verdict(
-        name, statement, outcome, _numbers(above, below, found), (found.ratio, found.low, found.high)
+        name,
+        claim.statement,
+        "not measured" if missing else outcome,
+        _numbers(above, below, found) + _rest(missing),
+        (found.ratio, found.low, found.high),
     )
 
 
-def at_least(
-    name: str, statement: str, above: Row | None, below: Row | None, limit: float, spread: float | None
-) -> Verdict:
-    """The verdict on "the distance of ``above`` is at least ``limit`` times that of ``below``"."""
-    if above is None or below is None:
-        return Verdict(name, statement, "not measured", "not measured")
-    found = compare(above, below, spread)
-    outcome: Outcome = "held" if found.low >= limit else "missed" if found.high < limit else "undecided"
-    return Verdict(
-        name, statement, outcome, _numbers(above, below, found), (found.ratio, found.low, found.high)
-    )
+def to_come(rows: Sequence[RowKey], table: Table, planned: Planned) -> list[str]:
+    """Rows of which cells have not run, each with how many have."""
+    found = []
+    for key in dict.fromkeys(rows):
+        have, asked = len(table[key].distances) if key in table else 0, planned.get(key, 0)
+        if have < asked:
+            seeds = f"{have} of {asked} seeds" if have else "not run"
+            found.append(f"{key[1]}{'' if key[2] == 1 else f' {key[2]:g}'} ({seeds})")
+    return found
+
+
+def _rest(missing: Sequence[str]) -> str:
+    return f"; so far, to come: {', '.join(missing)}" if missing else ""
 
 
 def _numbers(above: Row, below: Row, found: Comparison) -> str:
@@ -170,47 +292,7 @@ def _numbers(above: Row, below: Row, found: Comparison) -> str:
     return text
 
 
-def verdicts(table: Table, family: str = "dit") -> list[Verdict]:
-    """All verdicts of the protocol."""
-    control = table.get((family, "static-control", 1.0, ""))
-    dynamic = table.get((family, "dynamic", 0.5, ""))
-    pruned = best_pruning(table, family, 0.5)
-    td_lora = table.get((family, "td-lora", 0.5, ""))
-    spread = pooled_spread(table)
-    found = [
-        at_most(
-            "H1",
-            "λ = 0.5 is within 10 % of the static control's Fréchet distance",
-            dynamic,
-            control,
-            1.10,
-            spread,
-        ),
-        at_least(
-            "H2",
-            "the best static pruning at the MACs of λ = 0.5 has at least 1.5 times its distance",
-            pruned[1] if pruned else None,
-            dynamic,
-            1.5,
-            spread,
-        ),
-        at_most(
-            "H3",
-            "λ = 0.3 is within 40 % of the static control's distance",
-            table.get((family, "dynamic", 0.3, "")),
-            control,
-            1.40,
-            spread,
-        ),
-        at_most(
-            "H4", "TD-LoRA at λ = 0.5 is within 10 % of full fine-tuning", td_lora, dynamic, 1.10, spread
-        ),
-    ]
-    found.append(_equal_cost(table, family))
-    return found
-
-
-def _equal_cost(table: Table, family: str) -> Verdict:
+def _equal_cost(table: Table, family: str, planned: Planned) -> Verdict:
     """Whether every pruned row costs what the dynamic one of its ratio costs."""
     statement = "static pruning and the dynamic model of a ratio execute the same MACs within 1 %"
     gaps = {
@@ -223,8 +305,13 @@ def _equal_cost(table: Table, family: str) -> Verdict:
     if not gaps:
         return Verdict("equal cost", statement, "not measured", "not measured")
     worst = max(gaps, key=lambda name: abs(gaps[name]))
+    rows = [key for key in planned if key[0] == family and key[1].startswith("pruned-")]
+    missing = to_come([*rows, *((family, "dynamic", key[2], "") for key in rows)], table, planned)
     outcome: Outcome = "held" if abs(gaps[worst]) <= MMACS_TOLERANCE else "missed"
-    return Verdict("equal cost", statement, outcome, f"largest difference {gaps[worst]:+.2%} ({worst})")
+    if outcome == "held" and missing:
+        outcome = "not measured"
+    text = f"largest difference {gaps[worst]:+.2%} ({worst}), of {len(gaps)} rows"
+    return Verdict("equal cost", statement, outcome, text + _rest(missing))
 
 
 def table_of(rows: Mapping[RowKey, Sequence[Mapping[str, Any]]]) -> dict[RowKey, Row]:

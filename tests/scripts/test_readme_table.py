@@ -21,7 +21,7 @@ def row(arm: str, ratio: float, fd: float | None, family: str = "dit") -> dict[s
 
 RESULTS: dict[str, Any] = {
     "circumstances": {
-        "device": "a machine",
+        "devices": {"a machine": 5},
         "images": 5000,
         "sampler_steps": 25,
         "cells_done": 5,

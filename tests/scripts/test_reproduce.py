@@ -203,9 +203,45 @@ def test_a_family_of_one_seed_borrows_the_spread_of_the_other() -> None:
     found = by_name(judged.verdicts(table_of(*cells), "sit"))["H1"]
     assert found.outcome == "undecided"
     assert "given the spread of the others" in found.text
-    # Two rows of one seed: 1 + 1 degrees of freedom.
+    # Both rows of one seed are given one estimate, of 2 degrees of freedom; what sampling alone does (0.02) is no part of it.
     assert found.ratio is not None
     assert found.ratio[2] == pytest.approx(math.exp(4.303 * math.sqrt(2) * 0.05))
+    assert [each.name for each in judged.verdicts(table_of(*cells), "sit")] == ["H1", "H2", "equal cost"]
+
+
+def test_two_rows_of_one_seed_decide_nothing_where_no_spread_is_known() -> None:
+    table = table_of(result("dynamic", 0.5, 9.0), result("static-control", 1.0, 1.0))
+    found = by_name(judged.verdicts(table))["H1"]
+    assert (found.outcome, found.ratio) == ("undecided", None)
+    assert "spread is not known" in found.text
+
+
+def test_the_degrees_of_freedom_follow_the_larger_variance() -> None:
+    above = table_of(*(result("dynamic", 0.5, fd, seed) for seed, fd in enumerate((1.0, 1.1, 0.9))))
+    below = table_of(*(result("static-control", 1.0, 1.0 + seed / 1e6, seed) for seed in range(3)))
+    compared = judged.compare(*above.values(), *below.values(), None)
+    assert compared is not None
+    # Nearly all of the variance is that of one row, with 2 degrees of freedom.
+    assert compared.high / compared.ratio == pytest.approx(math.exp(4.303 * math.sqrt(0.1**2 / 3)), rel=1e-4)
+
+
+def test_no_verdict_rests_on_cells_that_have_not_run() -> None:
+    planned = {
+        ("dit", "dynamic", 0.5, ""): 3,
+        ("dit", "static-control", 1.0, ""): 3,
+        **{("dit", arm, 0.5, ""): 1 for arm in ("pruned-random", "pruned-taylor")},
+    }
+    cells = [result("dynamic", 0.5, fd, seed) for seed, fd in enumerate((9.0, 9.1, 9.2))]
+    cells += [result("static-control", 1.0, fd, seed) for seed, fd in enumerate((1.0, 1.01))]
+    cells.append(result("pruned-taylor", 0.5, 10.0))
+    found = by_name(judged.verdicts(table_of(*cells), "dit", planned))
+    assert [found[name].outcome for name in ("H1", "H2", "equal cost")] == [NOT_MEASURED] * 3
+    assert found["H1"].text.endswith("to come: static-control (2 of 3 seeds)")
+    assert "pruned-random 0.5 (not run)" in found["H2"].text
+    assert found["H1"].ratio is not None
+    cells += [result("static-control", 1.0, 0.99, 2), result("pruned-random", 0.5, 11.0)]
+    found = by_name(judged.verdicts(table_of(*cells), "dit", planned))
+    assert [found[name].outcome for name in ("H1", "H2", "equal cost")] == ["missed", "missed", "held"]
 
 
 def test_cells_that_ran_other_code_are_told_of() -> None:
@@ -223,26 +259,33 @@ def test_a_row_of_one_seed_is_given_the_spread_of_the_others() -> None:
     assert found.outcome == "undecided"
     assert "given the spread of the others" in found.text
     spread = judged.pooled_spread(table)
-    assert spread == pytest.approx(0.2)
+    assert spread == judged.Spread(pytest.approx(0.2), 2)
     compared = judged.compare(
         table["dit", "dynamic", 0.3, ""], table["dit", "static-control", 1.0, ""], spread
     )
-    # Variances of the logarithms add: one seed against three, with 1 + 2 degrees of freedom.
+    # Variances of the logarithms add: one seed against three, by Welch with (1 + 1/3)^2 / (1/2 + 1/18) = 3.2 degrees of freedom.
     half = 3.182 * math.sqrt(0.2**2 + 0.2**2 / 3)
+    assert compared is not None
     assert (compared.low, compared.high) == pytest.approx((1.1 * math.exp(-half), 1.1 * math.exp(half)))
 
 
 def test_the_report_is_made_of_the_results_alone(tmp_path: Path) -> None:
     cells = [result("dynamic", 0.5, fd, seed) for seed, fd in enumerate((1.0, 1.1, 1.05))]
     cells += [result("static-control", 1.0, 0.98), result("sit-base", 1.0, 2.0, family="sit")]
-    expected = [("dit", "dynamic", 0.5, ""), ("dit", "static-control", 1.0, ""), ("dit", "td-lora", 0.5, "")]
+    expected = {
+        ("dit", "dynamic", 0.5, ""): 3,
+        ("dit", "td-lora", 0.5, ""): 1,
+        ("dit", "static-control", 1.0, ""): 3,
+    }
     around = {
         "images": 5000,
         "sampler_steps": 25,
         "reference_images": 60000,
         "hashes": {"network": "a" * 64},
         "learning_rates": "chosen on the validation split",
-        "device": "cpu",
+        "devices": {"cpu": 4},
+        "versions": ["torch 2"],
+        "bases": {"dit": "builtin:dit_fmnist", "sit": "builtin:sit_fmnist_long"},
         "cells_done": 4,
         "cells_all": 9,
     }
@@ -276,6 +319,12 @@ def test_the_report_is_made_of_the_results_alone(tmp_path: Path) -> None:
     )
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert "| dynamic | 0.5 | 1.050 ± 0.050 | 3 | 41.64 |" in text
+    assert "| static control |  | 0.980 ± 0.020 | 1 of 3 |" in text
+    assert text.index("| static control |") < text.index("| dynamic | 0.5") < text.index("| dynamic, TD-LoRA")
+    assert "DiT: every row starts from `builtin:dit_fmnist`, which was not trained until" in text
+    assert "SiT: every row" not in text
+    assert "on cpu with torch 2" in text
+    assert "chosen on the validation split: 0.0003" in text
     assert "| dynamic, TD-LoRA | 0.5 | not measured |" in text
     assert "evidence of nothing" not in text
     again = tmp_path / "again"
