@@ -31,6 +31,10 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dydit_cli.cli.chatter import hush
+
+hush()
+
 import numpy as np
 import torch
 from diffusers import DiTPipeline
@@ -135,6 +139,13 @@ def bytes_of(model: DynamicModel) -> tuple[int, int]:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors), packed
 
 
+def file_name(row: Row, options: argparse.Namespace) -> str:
+    """Of a row's images: of other settings they are others."""
+    name = row.name.replace(", ", "+").replace(" ", "-")
+    threshold = f"-{options.threshold:g}" if CACHE in row.additions else ""
+    return f"{name}{threshold}-{options.images}-{options.steps}.npz"
+
+
 def images_of(pipeline: DiTPipeline, file: Path, options: argparse.Namespace) -> Path:
     """Draw the images of a row into an archive, unless they are there."""
     if not file.exists():
@@ -192,9 +203,7 @@ def measured(options: argparse.Namespace, say: Callable[[str], None]) -> dict[Ro
     for row in rows:
         model = pipelines[row].transformer
         weights, packed = bytes_of(model)
-        files[row] = images_of(
-            pipelines[row], folder / f"{row.name.replace(', ', '+').replace(' ', '-')}.npz", options
-        )
+        files[row] = images_of(pipelines[row], folder / file_name(row, options), options)
         scores = quality(files[row], files[Row(row.model, ())] if row.additions else None)
         ratio = paired_ratio(seconds[row.name], seconds[STATIC])
         found[row] = Found(

@@ -32,6 +32,10 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dydit_cli.cli.chatter import hush
+
+hush()
+
 import numpy as np
 
 from dydit_cli.artifacts import atomic_write, write_json

@@ -282,7 +282,7 @@ def to_come(rows: Sequence[RowKey], table: Table, planned: Planned) -> list[str]
 
 
 def _rest(missing: Sequence[str]) -> str:
-    return f"; so far, to come: {', '.join(missing)}" if missing else ""
+    return f" so far; to come: {', '.join(missing)}" if missing else ""
 
 
 def _numbers(above: Row, below: Row, found: Comparison) -> str:
