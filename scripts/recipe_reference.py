@@ -19,6 +19,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
+    from dydit_cli.families.family import Family
     from dydit_cli.recipe.schema import Section
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,7 +96,7 @@ def reference() -> str:
             chain = ", else of ".join(f"`{name}`" for name in section.parents)
             parts.append(f"`model` is the `out` of {chain} in the same recipe where it is not given.\n")
         parts += [
-            f"Not for {family.title}. {family.missing[f'dydit {stage}']}\n"
+            f"{_without(family, stage)} {family.missing[f'dydit {stage}']}\n"
             for family in FAMILIES
             if f"dydit {stage}" in family.missing
         ]
@@ -193,6 +194,14 @@ def _options(stage: str) -> dict[str, str]:
         for parameter in command.params
         if parameter.param_type_name == "option"
     }
+
+
+def _without(family: Family, stage: str) -> str:
+    """That a stage does not take a family; of `export`, which formats take it all the same."""
+    from dydit_cli.export.formats import FORMATS
+
+    taken = [f"`{each.name}`" for each in FORMATS if stage == "export" and family.name in each.families]
+    return f"Not for {family.title}" + (f", but for the format {', '.join(taken)}." if taken else ".")
 
 
 def _summary(section: type[Section]) -> str:

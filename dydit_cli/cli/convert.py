@@ -31,6 +31,7 @@ EXAMPLES = (
 PATCHES = "x_embedder.proj.weight"
 SHIPPED_DATA = {
     "builtin:dit_fmnist": "fashion-mnist-subset",
+    "builtin:dit_fmnist_long": "fashion-mnist-subset",
     "builtin:sit_fmnist": "fashion-mnist-subset",
     "builtin:latte_fmnist": "moving-fashion-mnist",
 }
@@ -59,7 +60,7 @@ def convert(
     family: Annotated[
         str | None,
         typer.Option(
-            help="dit, sit, latte, flux, or auto.",
+            help="dit, sit, latte, latte-t2v, flux, or auto.",
             show_default="auto",
             autocompletion=completing.choices("family"),
         ),
@@ -143,7 +144,7 @@ def convert(
     dry_run: options.DryRun = False,
     json: options.AsJson = False,
 ) -> None:
-    """Make a trained static DiT or SiT dynamic.
+    """Make a trained static DiT, SiT, Latte or FLUX dynamic.
 
     Ranks heads and MLP channels, inserts routers that start with everything switched on, and verifies that the result computes
     what the checkpoint computes. The authors' dynamic DiT files are imported as they are.
@@ -283,11 +284,13 @@ def next_command(report: ConversionReport, section: ConvertSection, recipe: Reci
             section.checkpoint, "--prompts PROMPTS --count 2000 --pipeline PIPELINE --resolution 1024"
         )
         before = f"dydit prepare {what} --out {cache}   and then: "
+    # The defaults' ramp alone is longer than what a small model needs.
     shipped = section.checkpoint in (*SHIPPED_DATA, *SHIPPED_TEXTS)
-    size = "--steps 800" if shipped else "--steps 50000 --batch-size 256"
+    recipe_name = f"demo/fashion-mnist-{report.family} " if shipped else ""
+    size = "" if shipped else " --steps 50000 --batch-size 256"
     where = quoted(data) if data is not None else cache if before else "DATA"
     return (
-        f"{before}dydit finetune --model {quoted(report.out)} --data {where} --target-ratio {target:g} {size} --out "
+        f"{before}dydit finetune {recipe_name}--model {quoted(report.out)} --data {where} --target-ratio {target:g}{size} --out "
         f"{beside(report.out, 'finetuned')}"
     )
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dydit_cli.training import FinetuneResult, FineTuning, StepReport
 
 EXAMPLES = (
-    "dydit finetune --model runs/c --data fashion-mnist-subset --target-ratio 0.5 --steps 400 --out runs/t",
+    "dydit finetune demo/fashion-mnist-dit --model runs/c --out runs/t",
     "dydit finetune dit-xl-2-256/full data=latents.safetensors target_ratio=0.3 --dry-run",
     "dydit finetune runs/t/recipe.yaml --resume",
 )

@@ -69,7 +69,7 @@ def sample(
     sampler: Annotated[
         str | None,
         typer.Option(
-            help="DiT: ddpm, ddim, dpm++. SiT: euler, heun, dopri5, sde. FLUX: euler.",
+            help="DiT, Latte: ddpm, ddim, dpm++. SiT: euler, heun, dopri5, sde. FLUX: euler.",
             show_default="ddpm or euler",
             rich_help_panel=SAMPLER,
             autocompletion=completing.choices("sampler"),

@@ -123,7 +123,7 @@ def convert(
     recipe_yaml: str | None = None,
     on_progress: Progress | None = None,
 ) -> ConversionReport:
-    """Turn a trained static DiT or SiT, or the authors' dynamic DiT, into an artifact that `load_model` loads.
+    """Turn a trained static DiT, SiT, Latte or FLUX, or one of the authors' dynamic models, into an artifact that `load_model` loads.
 
     All units start switched on, so that the result computes what the source computes; it becomes faster by fine-tuning. With
     ``calibrate``, widths start where training is to bring them, and the result is faster at once.

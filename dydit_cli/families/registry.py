@@ -131,7 +131,7 @@ LATTE_T2V = Family(
         "dydit finetune": "Train it with a loop of your own (model.denoise gives the prediction and the masks), or fine-tune a "
         "class-conditional Latte.",
         "dydit sample": IN_A_PIPELINE,
-        "dydit export": IN_A_PIPELINE,
+        "dydit export": f"Pass --format torch-export. Without an export: {IN_A_PIPELINE[0].lower()}{IN_A_PIPELINE[1:]}",
         "dydit bench": "Measure it with `dydit profile --latency`.",
         "--importance taylor": "Pass --importance magnitude, which needs no data.",
         "--calibrate": "Leave it out: dydit reads no videos with captions, on which it could measure.",

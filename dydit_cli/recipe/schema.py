@@ -97,7 +97,7 @@ class ConvertSection(Section):
         calibrate_samples: Samples of each round of that measurement.
         calibrate_ranges: Ranges of timesteps that get widths of their own.
         seed: Seed of random importance, of the Taylor and calibration samples, and of the routers' weights.
-        device: Where scores are computed and the result is verified: `auto`, `cpu`, `cuda` or `cuda:N`.
+        device: Where scores are computed and the result is verified: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         max_shard_size: Largest weight file, as diffusers writes it.
         overwrite: Replace an existing artifact.
     """
@@ -197,7 +197,7 @@ class FinetuneSection(Section):
         sample_every: Steps between sample grids; 0 means none.
         checkpoint_every: Steps between checkpoints; 0 means at the end only.
         keep_checkpoints: Newest checkpoints kept.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         resume: Continue in `out` from its newest checkpoint.
         overwrite: Replace an existing artifact.
     """
@@ -344,7 +344,7 @@ class PrepareSection(Section):
         batch_size: Pictures in a forward.
         processes: Processes that encode pictures.
         seed: Latent i depends on the seed and i alone.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         dtype: Type of text encoders, of stored texts, and of drawing; pictures are always encoded in float32.
         resume: Go on with an unfinished folder.
         overwrite: Replace an existing one.
@@ -396,7 +396,8 @@ class ProfileSection(Section):
         model: The folder of a model. Either this or `preset`.
         preset: Name of a published size such as `dit-xl/2`, built with fresh weights.
         budget: DiT, SiT, Latte: the ratio to run at, of a model trained for a range of them.
-        data: Held-out images that the token routers see; noise alone if not given.
+        data: Held-out images that the token routers see; if not given, the data that the model's manifest names, else the shipped
+            images where they fit, else noise.
         images: Held-out images, or videos, that the ratio is the mean over.
         timesteps: Evenly spaced timesteps of that mean, each with its share of the images.
         batch_size: Images a forward of the ratio's evaluation.
@@ -407,7 +408,7 @@ class ProfileSection(Section):
         graphs: Measure the time of static and compact execution with steps recorded as CUDA graphs.
         trajectory: Also report the ratio on the sampler's own states.
         seed: Seed of every draw.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         dtype: Type of weights and activations of the time measurement.
         report: A file of HTML that shows all of it, with samples of the static and the dynamic model; none if not given.
         out: A folder for the JSON file and the pictures; none is written if not given.
@@ -457,7 +458,7 @@ class SampleSection(Section):
             that the model takes as an input. If not given, 1.5, and 3.5 for FLUX.
         guidance_channels: Noise channels that guidance acts on: as many as the `original` code guides (DiT and SiT three,
             Latte four), the `first3`, or `all`.
-        sampler: A sampler of the model's family; `ddpm` for DiT, `euler` for SiT and FLUX if not given.
+        sampler: A sampler of the model's family; `ddpm` for DiT and Latte, `euler` for SiT and FLUX if not given.
         prompt: FLUX: a prompt, or several separated by `|`. Either this, `prompts` or `cache`.
         prompts: FLUX: a file of prompts, one a line, used in turn.
         cache: FLUX: conditions out of a prepared cache, used in turn.
@@ -474,7 +475,7 @@ class SampleSection(Section):
         keep_bias: Added to every router logit: a dial without training; `inf` keeps everything.
         budget: DiT, SiT, Latte: the ratio to run at, of a model trained for a range of them.
         vae: A local AutoencoderKL folder; latents are saved if not given.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         dtype: Type of weights and activations.
         deterministic: Make each image alone, so that it is the same bit for bit whatever the batch size.
         processes: Processes that share the batches; no image depends on their number.
@@ -558,7 +559,7 @@ class EvaluateSection(Section):
         budget: As in `sample`.
         vae: A local AutoencoderKL folder, for latent models.
         processes: Processes that share sampling and the feature network; no number depends on how many.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         dtype: Type of weights and activations of the model; features are always made in float32 and distances in float64.
         out: A folder for `evaluation.json` and the sheets of pairs; nothing is written if not given.
         overwrite: Replace an existing folder.
@@ -616,7 +617,7 @@ class ExportSection(Section):
             `pruned` (a static model of one timestep's width), `torch-export`, `onnx` or `comfyui`.
         steps: Sampling steps of the schedule whose widths are written down; 50 if a format needs them and they are not given.
         sampler: The sampler whose timesteps they are, as `dydit sample` names it; if not given, the family's first one.
-        timestep: The timestep whose width stays, in the family's own convention: 0 to 999 for DiT and Latte (999 is noise), 0 to
+        timestep: DiT, SiT: the timestep whose width stays, in the family's own convention: 0 to 999 for DiT (999 is noise), 0 to
             1 for SiT (0 is noise).
         budget: DiT, SiT, Latte: the ratio that the exported model runs at, of a model trained for a range of them.
         max_shard_size: Largest weight file, as diffusers writes it.

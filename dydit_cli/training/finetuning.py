@@ -90,6 +90,7 @@ def prepare(
         )
     if manifest is not None:
         run.continue_from(candidates, manifest)
+    run.warnings += run.foreseen()
     return run
 
 
@@ -222,6 +223,11 @@ class FineTuning:
             yield self._bookkeeping.after(report, on_sample, last=last)
             if self.interrupted:
                 return
+
+    def foreseen(self) -> list[str]:
+        """What can be told of the end before the first step; nothing of a run that is complete."""
+        told = None if self.complete else self._stepper.short_of_target()
+        return [] if told is None else [told]
 
     def next_batch(self) -> tuple[Batch, NoisyBatch]:
         """What the next step would train on; nothing is trained."""

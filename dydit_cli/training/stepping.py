@@ -126,6 +126,24 @@ class Stepper:
         final = settings.target_ratio if budget is None else budget
         return target_at(step + self.ahead, final, settings.full_width_steps, settings.ramp_steps)
 
+    def short_of_target(self) -> str | None:
+        """What to tell a user whose run ends before its target has come down; None where that is not so."""
+        settings = self._settings
+        # Frozen routers, of a static control or of random decisions, follow no target.
+        if not any(parameter.requires_grad for parameter in self._parts.model.router_parameters()):
+            return None
+        least = min((settings.target_ratio, *(settings.budgets or ())))
+        lengths = settings.full_width_steps, settings.ramp_steps
+        needed = sum(lengths) - self.ahead
+        if settings.steps > needed:
+            return None
+        last = target_at(settings.steps - 1 + self.ahead, least, *lengths)
+        return (
+            f"The schedule takes the whole run: at the last of its {settings.steps:,} steps the target is {last:.4f}, "
+            f"and no step trains at {least:g}. Shorten full_width_steps ({lengths[0]:,}) and ramp_steps ({lengths[1]:,}), "
+            f"or train more than {needed:,} steps."
+        )
+
     def reduce_mean(self, value: Tensor) -> Tensor:
         """The mean over processes."""
         return self._parts.world.mean(value)

@@ -21,7 +21,7 @@ def test_it_says_what_it_did_that_nothing_is_faster_yet_and_what_comes_next(
     captured = capsys.readouterr()
     assert "Largest difference from the source: 0.0e+00 in weights, 0.0e+00 dense" in captured.out
     assert "not faster yet" in captured.err
-    assert f"next: dydit finetune --model {tmp_path / 'c'}" in captured.err
+    assert f"next: dydit finetune demo/fashion-mnist-sit --model {tmp_path / 'c'}" in captured.err
 
 
 def test_json_goes_to_stdout_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

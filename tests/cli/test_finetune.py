@@ -56,6 +56,37 @@ def test_the_summary_names_the_next_command(tmp_path: Path, capsys: pytest.Captu
     assert "is complete" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_a_target_that_the_schedule_does_not_reach_is_told_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    # 1 step at full width, 8 from 1 to 0.6: the fourth stands at 2 / 8 of the way.
+    assert main(words(tmp_path, *more, "ramp_steps=8", "evaluate_every=0", "calibrate=false")) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "at the last of its 4 steps the target is 0.9000, and no step trains at 0.6" in said
+    assert "train more than 9 steps" in said
+
+
+@pytest.mark.parametrize(
+    ("steps", "more", "told"),
+    [
+        (4, [], False),
+        (3, [], True),
+        (3, ["target_ratio=1"], False),
+        (3, ["routers=random"], False),
+        (3, ["budgets=0.6,1"], True),
+    ],
+)
+def test_only_a_run_that_ends_before_its_target_is_told_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: int, more: list[str], told: bool
+) -> None:
+    arguments = words(tmp_path, "--dry-run", *more, steps=steps)
+    if any(word.startswith("target_ratio") for word in more):
+        del arguments[arguments.index("--target-ratio") : arguments.index("--target-ratio") + 2]
+    assert main(arguments) == 0
+    assert ("takes the whole run" in " ".join(capsys.readouterr().err.split())) is told
+
+
 def test_a_changed_key_on_resume_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words(tmp_path)) == 0
     assert main(words(tmp_path, "--resume", "label_dropout=0.3")) == 2

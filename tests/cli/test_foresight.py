@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from dydit_cli.artifacts import load_model
 from dydit_cli.cli.app import main
-from tests.export.artifacts import trained
+from tests.export.artifacts import exported, trained
 from tests.flux_parts import PIPELINE
 
 CONVERT = ["convert", "--checkpoint", "builtin:dit_fmnist", "--out", "my runs/c"]
@@ -121,6 +122,64 @@ def test_export_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "Nothing was measured" in capsys.readouterr().err
     assert main(["export", "--model", model, "--out", model, "--dry-run"]) == 2
     assert "the model that is to be exported" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--format", "pruned"], "needs a timestep"),
+        (["--format", "static", "--budget", "0.5"], "knows no budget"),
+        (["--format", "diffusers", "--budget", "0.5"], "has no budgets"),
+        (["--format", "baked", "--sampler", "nosuch"], "sampler 'nosuch'"),
+        (["--format", "torch-export", "--vae", "v"], "takes no --vae"),
+        (["--pipeline", "p"], "takes no --pipeline"),
+        (["--format", "static", "--measured", "p"], "takes no --measured"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_export_refuses_as_it_would(
+    more: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(trained(tmp_path / "t", in_channels=1))
+    assert main(["export", "--model", model, "--out", "e", "--dry-run", *more]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_export_says_what_is_not_installed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dydit_cli.export.programs.onnx_export.find_spec", lambda name: None)
+    model = str(trained(tmp_path / "t", in_channels=1))
+    assert main(["export", "--model", model, "--out", "e", "--dry-run", "--format", "onnx"]) == 2
+    assert "needs onnx, onnxscript, onnxruntime" in capsys.readouterr().err
+
+
+def test_export_refuses_what_the_model_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    budgets = str(trained(tmp_path / "b", in_channels=1, budgets=[0.3, 0.9]))
+    words = ["export", "--out", "e", "--dry-run", "--model"]
+    assert main([*words, budgets, "--budget", "0.95"]) == 2
+    assert "outside the range" in capsys.readouterr().err
+    assert main([*words, budgets, "--budget", "0.5"]) == 0
+    timed = str(trained(tmp_path / "l", in_channels=1, td_lora={"rank": 2, "experts": 2}))
+    assert main([*words, timed, "--format", "original"]) == 2
+    assert "TD-LoRA" in capsys.readouterr().err
+    baked = tmp_path / "baked"
+    exported(trained(tmp_path / "t", in_channels=1), baked, "baked", steps=3)
+    assert main([*words, str(baked)]) == 2
+    assert "baked already" in capsys.readouterr().err
+
+
+def test_integers_are_not_cast(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = trained(tmp_path / "t", in_channels=1)
+    assert (
+        main(["export", "--model", str(model), "--out", "e", "--dtype", "bfloat16", "--dry-run", "--json"])
+        == 0
+    )
+    expected = sum(
+        tensor.numel() * (2 if tensor.is_floating_point() else tensor.element_size())
+        for tensor in load_model(model).state_dict().values()
+    )
+    assert told(capsys)["writes"]["bytes"] == expected
 
 
 def test_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,9 +62,10 @@ def test_the_chain_is_pasted_from_command_to_command(capsys: pytest.CaptureFixtu
     words[words.index("--out") + 1] = "my runs/c"
     assert main(words[1:]) == 0
     words = proposed(warned(capsys))
-    assert words[:6] == ["dydit", "finetune", "--model", "my runs/c", "--data", "fashion-mnist-subset"]
+    assert words[:5] == ["dydit", "finetune", "demo/fashion-mnist-dit", "--model", "my runs/c"]
     check(words)
     assert main([*words[1:], "--dry-run"]) == 0
+    assert "takes the whole run" not in warned(capsys), "a proposed schedule reaches its target"
     assert (
         main(["sample", "--model", "my runs/c", "--num-images", "1", "--steps", "1", "--out", "my runs/s"])
         == 0

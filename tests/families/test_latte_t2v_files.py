@@ -117,13 +117,15 @@ def test_what_is_not_done_for_it_is_refused(folder: Path) -> None:
     refused: dict[str, Callable[[], object]] = {
         "dydit finetune": lambda: load_for_training("c"),
         "dydit sample": lambda: sample("c", out="s"),
-        "dydit export": lambda: export(ExportSection(model="c", out="e")),
         "--importance taylor": lambda: dydit_cli.convert(folder, out="t", importance="taylor", data="d"),
     }
     for name, call in refused.items():
         with pytest.raises(DyditError, match=f"`{name}` does not take a text-to-video Latte") as error:
             call()
         assert error.value.fix
+    with pytest.raises(DyditError, match="diffusers format does not take a text-to-video Latte") as error:
+        export(ExportSection(model="c", out="e"))
+    assert "torch-export" in error.value.fix
     assert not any(Path(name).exists() for name in ("s", "e", "t"))
 
 
