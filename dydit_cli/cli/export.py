@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from dydit_cli.export.export import ExportReport
+    from dydit_cli.export.publish import Destination
     from dydit_cli.recipe.schema import ExportSection
 
 EXAMPLES = (
@@ -71,7 +72,7 @@ def export(
         str | None,
         typer.Option(
             help="float32, bfloat16 or float16.",
-            show_default="float32 (diffusers folders but FLUX's), as stored (others)",
+            show_default="float32; as stored (FLUX, original, static)",
             autocompletion=completing.choices("dtype"),
         ),
     ] = None,
@@ -93,7 +94,7 @@ def export(
     timestep: Annotated[
         float | None,
         typer.Option(
-            help="pruned: timestep whose width stays, as the family counts (DiT, Latte: 999 is noise; SiT: 0 is).",
+            help="pruned: timestep whose width stays, as the family counts (DiT: 999 is noise; SiT: 0 is).",
             metavar="T",
         ),
     ] = None,
@@ -149,17 +150,18 @@ def export(
         seen = _foreseen(request.section, push_to_hub)
         foresight.show(seen, context, request.recipe.to_yaml(), as_json=json)
         return
+    destination = None
     if push_to_hub:
         from dydit_cli.export.publish import check_login
 
-        check_login(push_to_hub, request.section.overwrite)
+        destination = check_login(push_to_hub, private=private, overwrite=request.section.overwrite)
     report = export_with_notes(request.section, request.recipe.to_yaml())
     if report.format not in STATIC:
         warn_if_hardly_cheaper(
             UNTRAINED_RATIO if report.ratio is None else report.ratio, request.section.model
         )
-    if push_to_hub:
-        report = replace(report, url=_published(report, request.section, push_to_hub, private))
+    if destination is not None:
+        report = replace(report, url=_published(report, destination))
     if json:
         from dataclasses import asdict
 
@@ -195,23 +197,25 @@ def _check_destination(repository: str, private: bool) -> None:
         )
 
 
-def _published(report: ExportReport, section: ExportSection, repository: str, private: bool) -> str:
-    """Say what is uploaded, upload it, and return the address."""
+def _published(report: ExportReport, destination: Destination) -> str:
+    """Say what is uploaded and what it replaces, upload it, and return the address."""
     from dydit_cli.cli.plan import size
     from dydit_cli.export.publish import publish, upload_list
 
     folder = Path(report.out)
     files = upload_list(folder)
     total = size(sum(nbytes for _, nbytes in files))
-    seen_by = "its owner alone" if private else "everybody"
-    console.note(f"{len(files)} files, {total}, go to {repository}, seen by {seen_by}:")
+    seen_by = "its owner alone" if destination.private else "everybody"
+    console.note(f"{len(files)} files, {total}, go to {destination.repository}, seen by {seen_by}:")
     for name, nbytes in files:
         console.note(f"  {name} ({size(nbytes)})")
+    if destination.exists:
+        console.note("other files that are there now are deleted (their older versions stay in its history)")
     if report.license in (None, "unknown"):
         console.warn(
             "the card says that the licence is unknown: nothing told that of the base model. Pass --license, or edit README.md there."
         )
-    return publish(folder, repository, private=private, overwrite=section.overwrite, say=console.note)
+    return publish(folder, destination, say=console.note)
 
 
 def _foreseen(section: ExportSection, repository: str) -> foresight.Foresight:

@@ -20,13 +20,15 @@ from dydit_cli.dynamic.routing import Routing
 from dydit_cli.errors import DyditError
 from dydit_cli.export.format import Format
 from dydit_cli.export.pipeline import pipeline_model
-from dydit_cli.export.pipeline_format import Opened, Told, nbytes_of, open_model, write_folder
+from dydit_cli.export.pipeline_format import Opened, Told, check_folder, nbytes_of, open_model, write_folder
 from dydit_cli.export.refusals import refuse_baked
 from dydit_cli.export.report import ExportReport, Progress, Source
 from dydit_cli.export.schedule import Schedule, schedule_of
 from dydit_cli.export.sizes import megabytes
+from dydit_cli.export.skeleton import skeleton
 from dydit_cli.export.verify import judged, shipped
 from dydit_cli.families.backbone import DynamicTransformer
+from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.families.registry import family_of
 from dydit_cli.flops import executed_ratio
 from dydit_cli.randomness import normal
@@ -48,11 +50,11 @@ Its width routers are gone: what each timestep runs stands in a table. So
 """
 
 
-def write_baked(source: Source, settings: ExportSection, folder: Path, say: Progress) -> ExportReport:
-    """Write a pipeline folder without width routers, load it with its own code and compare it at every baked timestep.
+def check_baked(source: Source, settings: ExportSection) -> None:
+    """Refuse what has no one list of widths, and lists that a sampler does not have.
 
     Raises:
-        DyditError: For everything that a user can put right.
+        DyditError: For everything that can be known without the weights.
     """
     refuse_baked(source)
     if source.config.get("block_heads") is not None:
@@ -61,10 +63,18 @@ def write_baked(source: Source, settings: ExportSection, folder: Path, say: Prog
             why="It is static, and runs everything that is left of it at every timestep.",
             fix="Pass --format diffusers.",
         )
+    check_folder(source, settings)
+    schedule_of(_backbone(skeleton(source)), settings.steps, settings.sampler)
+
+
+def write_baked(source: Source, settings: ExportSection, folder: Path, say: Progress) -> ExportReport:
+    """Write a pipeline folder without width routers, load it with its own code and compare it at every baked timestep.
+
+    Raises:
+        DyditError: For everything that a user can put right.
+    """
     opened = open_model(source, settings, say)
-    dynamic = opened.model
-    if not isinstance(dynamic, DynamicTransformer):
-        raise TypeError(type(dynamic).__name__)
+    dynamic = _backbone(opened.model)
     if dynamic.budget_router is not None and dynamic.budget is None:
         dynamic.set_budget(dynamic.budget_router.high)
     before = nbytes_of(dynamic)
@@ -156,10 +166,8 @@ def baked_difference(source: DynamicTransformer, schedule: Schedule, transformer
     Raises:
         DyditError: If widths differ, or outputs by more than rounding.
     """
-    dynamic = pipeline_model(source).eval()
+    dynamic = _backbone(pipeline_model(source).eval())
     dynamic.set_execution("compact")
-    if not isinstance(dynamic, DynamicTransformer):
-        raise TypeError(type(dynamic).__name__)
     largest = 0.0
     with shipped(code) as module:
         names = family_of(source).pipeline_class.__name__, type(source).__name__
@@ -182,6 +190,12 @@ def baked_difference(source: DynamicTransformer, schedule: Schedule, transformer
             found = in_pipelines(sample, given, label, return_dict=False)[0]
             largest = max(largest, judged(found, expected))
     return largest
+
+
+def _backbone(model: DynamicModel) -> DynamicTransformer:
+    if not isinstance(model, DynamicTransformer):
+        raise TypeError(type(model).__name__)
+    return model
 
 
 def size_of(weights: int, table: int, before: int) -> str:
@@ -217,6 +231,7 @@ BAKED_FORMAT = Format(
     name="baked",
     summary="a pipeline folder with the widths of one schedule",
     families=("dit", "sit", "latte"),
+    check=check_baked,
     write=write_baked,
     options=frozenset({"steps", "sampler"}),
     instead="Pass --format diffusers: the noise levels of a FLUX follow from the size of the picture, so that no one list of "

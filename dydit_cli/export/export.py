@@ -65,7 +65,8 @@ def opened(settings: ExportSection) -> tuple[Source, Format]:
     """The model that is to be exported, its weights unread, and the format.
 
     Raises:
-        DyditError: If there is no such model, the format does not take it, or something stands where it would be written.
+        DyditError: If there is no such model, the format does not take it or what else the settings say, or something stands where
+            it would be written.
     """
     model, out = Path(settings.model).expanduser(), Path(settings.out)
     _refuse_own_source(out, model)
@@ -73,6 +74,7 @@ def opened(settings: ExportSection) -> tuple[Source, Format]:
     config = model_config(model)
     source = Source(model, config, _family(str(config["_class_name"])), lineage_of(model))
     chosen = format_for(source, settings)
+    chosen.check(source, settings)
     # What the card will say is looked at before hours are spent on weights.
     terms_for(source, settings)
     measured_for(source, settings)

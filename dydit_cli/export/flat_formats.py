@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from dydit_cli.artifacts.loading import model_folder
@@ -15,31 +14,39 @@ from dydit_cli.errors import DyditError
 from dydit_cli.export.card import original_card, static_card
 from dydit_cli.export.diffusers_dit import DIFFUSERS_FILE, write_class_config
 from dydit_cli.export.flat import FILES, cast, is_order, static_part, without_identity_orders, write_flat
-from dydit_cli.export.flux import STREAMED, export_flux
+from dydit_cli.export.flux import STREAMED, check_flux_file, export_flux
 from dydit_cli.export.format import Format
-from dydit_cli.export.refusals import refuse_baked, refuse_following_timestep, refuse_pipeline
+from dydit_cli.export.refusals import (
+    refuse_baked,
+    refuse_following_timestep,
+    refuse_measured,
+    refuse_parts,
+    refuse_pipeline,
+    refuse_plugin_width,
+)
 from dydit_cli.export.report import ExportReport, Progress, Source, report_of, subject_of
+from dydit_cli.export.skeleton import skeleton
 from dydit_cli.export.space import check_space
 from dydit_cli.families.dit_files import to_diffusers
 from dydit_cli.recipe.schema import ExportSection
 
 
-def write_flat_format(source: Source, settings: ExportSection, folder: Path, say: Progress) -> ExportReport:
-    """Write one flat file, read it back and compare.
+def check_flat_format(source: Source, settings: ExportSection) -> None:
+    """Refuse what one flat file cannot hold.
 
     Raises:
-        DyditError: For everything that a user can put right.
+        DyditError: For everything that can be known without the weights.
     """
     refuse_following_timestep(source, settings)
+    if settings.format == "static":
+        refuse_measured(settings)
+    else:
+        refuse_plugin_width(source, settings)
     if source.family.objective == STREAMED:
-        return export_flux(source, settings, folder, say)
+        check_flux_file(source, settings)
+        return
     refuse_pipeline(source, settings)
-    if settings.vae:
-        raise DyditError(
-            f"The {settings.format} format takes no autoencoder.",
-            why="It is one file with the transformer's weights.",
-            fix="Leave --vae out, or export with --format diffusers.",
-        )
+    refuse_parts(settings)
     if settings.budget is not None:
         raise DyditError(
             f"The {settings.format} format knows no budget.",
@@ -52,14 +59,20 @@ def write_flat_format(source: Source, settings: ExportSection, folder: Path, say
             why="Its blocks have widths of their own, which the original code does not know: it would refuse the shapes.",
             fix="Pass --format diffusers: that folder carries the code that it needs.",
         )
-    # diffusers' DiT is another function of the same numbers than the original (see `families/dit_files.py`).
-    diffusers_form = bool(source.config.get("frequency_shift"))
-    if diffusers_form and settings.format == "original":
-        raise DyditError(
-            "A model that came from diffusers' DiT cannot be written in the original layout.",
-            why="Its timestep frequencies and an epsilon differ from the original's, which no file in that layout can say.",
-            fix="Pass --format diffusers, or --format static for the folder of diffusers' own class.",
-        )
+    if settings.format == "original":
+        _refuse_routers_of_ours(source)
+        _refuse_diffusers_form(source)
+
+
+def write_flat_format(source: Source, settings: ExportSection, folder: Path, say: Progress) -> ExportReport:
+    """Write one flat file, read it back and compare.
+
+    Raises:
+        DyditError: For everything that a user can put right.
+    """
+    if source.family.objective == STREAMED:
+        return export_flux(source, settings, folder, say)
+    diffusers_form = _of_diffusers_form(source)
     say("reading the model")
     tensors = read_checkpoint(model_folder(source.path)).tensors
     notes = []
@@ -73,7 +86,6 @@ def write_flat_format(source: Source, settings: ExportSection, folder: Path, say
                 "The fine-tuned weights were rounded to the types of the source's file; --dtype float32 keeps them."
             )
     else:
-        _refuse_routers_of_ours(source)
         tensors, file = without_identity_orders(source.family.write(tensors)), FILES["torch"]
         dtypes = {}
     ordered = any(is_order(key) for key in tensors)
@@ -89,13 +101,8 @@ def write_flat_format(source: Source, settings: ExportSection, folder: Path, say
     if diffusers_form:
         write_class_config(folder, source.config)
     dtype = _commonest_dtype(tensors)
-    model_class = source.family.model_class
-    with torch.device("meta"):
-        geometry = model_class(
-            **{key: value for key, value in source.config.items() if not key.startswith("_")}
-        ).geometry
-    subject = subject_of(source, settings, geometry, dtype)
-    exact = source.lineage.base is not None and source.lineage.steps is None and settings.dtype is None
+    subject = subject_of(source, settings, skeleton(source).geometry, dtype)
+    exact = source.lineage.untouched and settings.dtype is None
     card = (
         static_card(subject, file, exact=exact, diffusers=diffusers_form)
         if settings.format == "static"
@@ -108,6 +115,20 @@ def write_flat_format(source: Source, settings: ExportSection, folder: Path, say
 def _commonest_dtype(tensors: Mapping[str, Tensor]) -> str:
     counted = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
     return counted.most_common(1)[0][0]
+
+
+def _of_diffusers_form(source: Source) -> bool:
+    """Whether a model came from diffusers' DiT, another function of the same numbers (see `families/dit_files.py`)."""
+    return bool(source.config.get("frequency_shift"))
+
+
+def _refuse_diffusers_form(source: Source) -> None:
+    if _of_diffusers_form(source):
+        raise DyditError(
+            "A model that came from diffusers' DiT cannot be written in the original layout.",
+            why="Its timestep frequencies and an epsilon differ from the original's, which no file in that layout can say.",
+            fix="Pass --format diffusers, or --format static for the folder of diffusers' own class.",
+        )
 
 
 def _refuse_routers_of_ours(source: Source) -> None:
@@ -130,6 +151,7 @@ ORIGINAL = Format(
     name="original",
     summary="one file, with routers",
     families=("dit", "sit", "latte", "flux"),
+    check=check_flat_format,
     write=write_flat_format,
 )
 
@@ -137,5 +159,6 @@ STATIC = Format(
     name="static",
     summary="the complete model again",
     families=("dit", "sit", "latte", "flux"),
+    check=check_flat_format,
     write=write_flat_format,
 )

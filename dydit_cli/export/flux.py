@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dydit_cli.export.flux_card import flux_original_card, flux_pipeline_card, f
 from dydit_cli.export.flux_parts import find_parts
 from dydit_cli.export.flux_verify import flux_difference
 from dydit_cli.export.inline import FLUX_ROOTS, inline
+from dydit_cli.export.refusals import refuse_budget, refuse_parts
 from dydit_cli.export.registration import MODULE
 from dydit_cli.export.report import (
     ExportReport,
@@ -30,6 +32,7 @@ from dydit_cli.export.report import (
     report_of,
     subject_of,
 )
+from dydit_cli.export.skeleton import arguments_of, skeleton
 from dydit_cli.export.space import check_space
 from dydit_cli.export.tensors import Cast, commonest_dtype, write_compared
 from dydit_cli.families.flux import DyFluxTransformer2DModel
@@ -42,6 +45,23 @@ STREAMED = "rectified-flow"
 CODE = f"{MODULE}.py"
 FILE = "model.safetensors"
 STATIC_CLASS = "FluxTransformer2DModel"
+DRIVING: Mapping[str, Collection[str]] = {
+    "FluxPipeline": (
+        "FluxPipeline",
+        "FluxImg2ImgPipeline",
+        "FluxInpaintPipeline",
+        "FluxKontextPipeline",
+        "FluxKontextInpaintPipeline",
+    ),
+    "FluxControlPipeline": (
+        "FluxControlPipeline",
+        "FluxControlImg2ImgPipeline",
+        "FluxControlInpaintPipeline",
+    ),
+    "FluxFillPipeline": ("FluxFillPipeline",),
+}
+"""Of diffusers' pipelines, by that of `FluxGeometry.pipeline_class`: those that give a transformer inputs of the same width. The
+ones with a ControlNet are not among them: they need a part that no export has."""
 
 
 def export_flux(source: Source, settings: ExportSection, folder: Path, say: Progress) -> ExportReport:
@@ -50,28 +70,57 @@ def export_flux(source: Source, settings: ExportSection, folder: Path, say: Prog
     Raises:
         DyditError: For everything that a user can put right.
     """
-    model, tensors = open_flux(source, settings, say)
+    model, tensors = open_flux(source, say)
     if settings.format == "diffusers":
         return _write_pipeline(source, settings, model, tensors, folder, say)
-    refuse_parts(settings)
     write = _write_original if settings.format == "original" else _write_static
     return write(source, settings, model, tensors, folder, say)
 
 
-def open_flux(
-    source: Source, settings: ExportSection, say: Progress
-) -> tuple[DyFluxTransformer2DModel, LazyTensors]:
+def check_flux_pipeline(source: Source, settings: ExportSection) -> None:
+    """See that a FLUX goes into a pipeline folder as the settings say.
+
+    Raises:
+        DyditError: For parts that do not fit it, and for a budget, which no FLUX serves.
+    """
+    refuse_budget(source, settings)
+    find_parts(settings.pipeline, settings.vae, flux_skeleton(source).geometry)
+
+
+def check_flux_file(source: Source, settings: ExportSection) -> None:
+    """See that a FLUX is written without routers, or in black-forest-labs' layout with them, as the settings say.
+
+    Raises:
+        DyditError: For parts of a pipeline, for a budget, and for models that the layout cannot hold.
+    """
+    refuse_parts(settings)
+    refuse_budget(source, settings)
+    if settings.format == "static" and source.lineage.layout != "original":
+        _static_config(flux_skeleton(source))
+    if settings.format == "original" and source.config.get("width", "free") == "ordered":
+        raise DyditError(
+            "A model of ordered width cannot be written in the original layout.",
+            why="The names are the authors', whose routers have a row a unit; here a row is a step between two units.",
+            fix="Pass --format diffusers, or --format static for the complete model.",
+        )
+
+
+def flux_skeleton(source: Source) -> DyFluxTransformer2DModel:
+    """See `skeleton`."""
+    model = skeleton(source)
+    if not isinstance(model, DyFluxTransformer2DModel):
+        raise TypeError(type(model).__name__)
+    return model
+
+
+def open_flux(source: Source, say: Progress) -> tuple[DyFluxTransformer2DModel, LazyTensors]:
     """A model without weights (on the device ``meta``), and its weights, none of them read yet.
 
     Raises:
-        DyditError: If some are missing, and for a budget, which no FLUX serves.
+        DyditError: If some are missing.
     """
     say("reading the model")
-    with torch.device("meta"):
-        model = DyFluxTransformer2DModel(**arguments_of(source))
-    if settings.budget is not None:
-        # No FLUX has budgets; the model says so.
-        model.set_budget(settings.budget)
+    model = flux_skeleton(source)
     tensors = lazily(open_checkpoint(model_folder(source.path)).tensors)
     check_whole(model, tensors, source.path)
     return model, tensors
@@ -83,10 +132,12 @@ def pipeline_of(geometry: FluxGeometry, given: str | None) -> str:
     Args:
         geometry: Of the model.
         given: That of the folder which the parts come from: Kontext is built like dev, and only it knows.
+
+    Returns:
+        The given one if its transformer is built like the model, and diffusers has it; else the plain one of such a model.
     """
-    if given is not None and given.startswith("Flux") and given in dir(diffusers):
-        return given
-    return geometry.pipeline_class
+    usual = geometry.pipeline_class
+    return given if given in DRIVING[usual] and given in dir(diffusers) else usual
 
 
 def _write_pipeline(
@@ -136,7 +187,7 @@ def _write_pipeline(
         notes.append(f"The folder has no {', '.join(parts.missing)}: {advice}")
     if parts.pipeline_class is not None and parts.pipeline_class != name:
         notes.append(
-            f"The parts come from a {parts.pipeline_class}, which diffusers does not have; the folder is a {name}."
+            f"The parts come from a {parts.pipeline_class}, which does not drive such a model; the folder is a {name}."
         )
     return report_of(
         source,
@@ -157,12 +208,6 @@ def _write_original(
     folder: Path,
     say: Progress,
 ) -> ExportReport:
-    if source.config.get("width", "free") == "ordered":
-        raise DyditError(
-            "A model of ordered width cannot be written in the original layout.",
-            why="The names are the authors', whose routers have a row a unit; here a row is a step between two units.",
-            fix="Pass --format diffusers, or --format static for the complete model.",
-        )
     kept = without_identity_orders(tensors)
     ordered = any(key.endswith("_order") for key in kept)
     renamed = Rearranged(kept, layout_for_others(kept.specs))
@@ -202,17 +247,16 @@ def _write_static(
     dtype = commonest_dtype(written)
     say("writing and comparing the static model")
     if not single:
-        _write_static_config(model, folder)
+        _static_config(model).save_config(folder)
         write_compared(folder, written, max_shard_size=settings.max_shard_size)
     elif lineage.container == "torch":
         check_space(folder, sum(spec.nbytes for spec in written.specs.values()))
         write_flat(written, folder / "model.pt")
     else:
         write_compared(folder, written, stem=Path(FILE).stem, max_shard_size=None)
-    fresh = lineage.base is not None and lineage.steps is None and settings.dtype is None
     file = None if not single else "model.pt" if lineage.container == "torch" else FILE
     subject = subject_of(source, settings, model.geometry, dtype)
-    exact = fresh and not lineage.loras and not lineage.quantisation
+    exact = lineage.untouched and settings.dtype is None
     (folder / "README.md").write_text(flux_static_card(subject, file, exact=exact), encoding="utf-8")
     notes = []
     if lineage.layout is None:
@@ -230,8 +274,8 @@ def _write_static(
     return report_of(source, settings, dtype, 0.0, needs_vae=False, notes=notes)
 
 
-def _write_static_config(model: DyFluxTransformer2DModel, folder: Path) -> None:
-    """The ``config.json`` of diffusers' own class.
+def _static_config(model: DyFluxTransformer2DModel) -> Any:
+    """The same model as one of diffusers' own class, for its ``config.json``; without weights.
 
     Raises:
         DyditError: If that class has no such model.
@@ -247,12 +291,7 @@ def _write_static_config(model: DyFluxTransformer2DModel, folder: Path) -> None:
     names = inspect.signature(static.__init__).parameters
     config = {name: value for name, value in model.config.items() if name in names}
     with torch.device("meta"):
-        static(**config).save_config(folder)
-
-
-def arguments_of(source: Source) -> dict[str, Any]:
-    """A configuration without what diffusers adds: what the model's class takes."""
-    return {name: value for name, value in source.config.items() if not name.startswith("_")}
+        return static(**config)
 
 
 def without_identity_orders(tensors: LazyTensors) -> LazyTensors:
@@ -287,21 +326,3 @@ def check_whole(model: DyFluxTransformer2DModel, tensors: LazyTensors, path: Pat
             why=f"{len(wrong)} tensors are missing, left over or of another shape ({', '.join(wrong[:3])}).",
             fix="Copy the folder again, or run the stage that wrote it again.",
         )
-
-
-def refuse_parts(settings: ExportSection) -> None:
-    """For formats of the transformer alone.
-
-    Raises:
-        DyditError: If parts of a pipeline were asked for.
-    """
-    for option, value, what in (
-        ("--vae", settings.vae, "autoencoder"),
-        ("--pipeline", settings.pipeline, "pipeline"),
-    ):
-        if value:
-            raise DyditError(
-                f"The {settings.format} format takes no {what}.",
-                why="It holds the transformer's weights alone.",
-                fix=f"Leave {option} out, or export with --format diffusers.",
-            )

@@ -12,15 +12,15 @@ from dydit_cli.artifacts.loading import model_folder
 from dydit_cli.checkpoints import open_checkpoint
 from dydit_cli.checkpoints.lazy import TensorSpec, lazily
 from dydit_cli.export.export import opened
+from dydit_cli.export.flat import is_order, is_router
 from dydit_cli.export.flux import STREAMED
 from dydit_cli.export.metadata import license_fields
+from dydit_cli.export.pipeline_format import PIPELINE_DTYPE
 from dydit_cli.export.report import Source, terms_for
 from dydit_cli.export.vae import find_vae
+from dydit_cli.families.original_flux import is_ours
 from dydit_cli.pipelines.folder import open_pipeline
 from dydit_cli.recipe.schema import ExportSection
-
-ROUTERS = ("_router.", "_order")
-"""Parts of the names of what a static model does not have."""
 
 KNOWN = ("diffusers", "original", "static")
 """Formats that write the tensors that there are; of others the size follows from the schedule or the timestep."""
@@ -86,18 +86,17 @@ def foresee(settings: ExportSection) -> ExportForesight:
 
 
 def _written(source: Source, settings: ExportSection, specs: dict[str, TensorSpec]) -> int:
-    static = settings.format == "static"
-    kept = {key: spec for key, spec in specs.items() if not (static and any(part in key for part in ROUTERS))}
-    if settings.dtype is not None:
-        return sum(spec.numel for spec in kept.values()) * int(getattr(torch, settings.dtype).itemsize)
-    if settings.format == "diffusers" and source.family.objective != STREAMED:
-        return sum(spec.numel for spec in kept.values()) * torch.float32.itemsize
-    dtypes = source.lineage.dtypes if static else {}
-    usual = dtypes.get("*")
+    streamed, static = source.family.objective == STREAMED, settings.format == "static"
+    usual = settings.dtype or (PIPELINE_DTYPE if settings.format == "diffusers" and not streamed else None)
+    dtypes = {"*": usual} if usual else source.lineage.dtypes if static else {}
     total = 0
-    for key, spec in kept.items():
-        name = dtypes.get(key, usual)
-        total += spec.numel * (getattr(torch, name).itemsize if name else spec.dtype.itemsize)
+    for key, spec in specs.items():
+        if static and (is_ours(key) if streamed else is_router(key) or is_order(key)):
+            continue
+        name = dtypes.get(key, dtypes.get("*"))
+        # Integers stay what they are.
+        dtype = getattr(torch, name) if name and spec.dtype.is_floating_point else spec.dtype
+        total += spec.numel * dtype.itemsize
     return total
 
 

@@ -12,7 +12,6 @@ from dydit_cli.export.programs.onnx_export import ONNX
 from dydit_cli.export.programs.torch_export import TORCH_EXPORT
 from dydit_cli.export.pruned import PRUNED_FORMAT
 from dydit_cli.export.report import Source
-from dydit_cli.families.family import require
 from dydit_cli.recipe.schema import ExportSection
 
 FORMATS: tuple[Format, ...] = (
@@ -41,11 +40,10 @@ def format_for(source: Source, settings: ExportSection) -> Format:
             fix="Pass one of these with --format.",
         )
     if source.family.name not in found.families:
-        require(source.family, "dydit export")
         raise DyditError(
             f"The {found.name} format does not take a {source.family.title}.",
             why=f"It is written for the families {', '.join(found.families)}.",
-            fix=found.instead,
+            fix=source.family.missing.get("dydit export", found.instead),
         )
     for option in OPTIONS:
         if getattr(settings, option) is not None and option not in found.options:

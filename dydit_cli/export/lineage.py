@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
+
+import torch
 
 from dydit_cli.artifacts import read_manifest
 from dydit_cli.checkpoints.builtin import FOLDER, PREFIX
@@ -31,6 +33,7 @@ class Lineage:
         steps: Optimiser steps of the last fine-tuning.
         data: What it was trained on, as given.
         classes: Names of the classes, where the data had them.
+        cast_to: Types that exports on the way were told to give the weights.
         terms: Licence and repository of the base, as `checkpoints.terms.Terms` has them.
     """
 
@@ -45,7 +48,15 @@ class Lineage:
     steps: int | None = None
     data: str | None = None
     classes: tuple[str, ...] = ()
+    cast_to: tuple[str, ...] = ()
     terms: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the static part of the weights is the base's, bit for bit, once it has the base's types again."""
+        changed = self.base is None or self.steps is not None or self.loras or self.quantisation
+        stored = set(self.dtypes.values())
+        return not changed and all(stored and _holds(wide, stored) for wide in self.cast_to)
 
 
 def lineage_of(model: str | Path) -> Lineage:
@@ -102,10 +113,21 @@ def _facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
     elif stage == "export":
         # An export carries the whole of it, because it travels without its parents.
         found = dict(results.get("lineage") or {})
-        found |= {name: tuple(found.get(name) or ()) for name in ("classes", "loras")}
+        found |= {name: tuple(found.get(name) or ()) for name in ("cast_to", "classes", "loras")}
+        if settings.get("dtype") is not None:
+            found["cast_to"] = (*found["cast_to"], settings["dtype"])
     else:
         found = {}
     return {name: value for name, value in found.items() if value is not None and value != () and value != {}}
+
+
+def _holds(name: str, others: Iterable[str]) -> bool:
+    """Whether a type has every number of all the others."""
+    wide = torch.finfo(getattr(torch, name))
+    floats = [
+        torch.finfo(dtype) for dtype in (getattr(torch, other) for other in others) if dtype.is_floating_point
+    ]
+    return all(wide.max >= each.max and wide.tiny <= each.tiny and wide.eps <= each.eps for each in floats)
 
 
 def _terms(source: Mapping[str, Any]) -> Mapping[str, str]:

@@ -30,12 +30,12 @@ PAIRS = {
 }
 
 
-def measured_section(folders: Sequence[str], weights: str | None) -> str:
+def measured_section(folders: Sequence[str], weights: str) -> str:
     """A section of a card with one table a measurement.
 
     Args:
         folders: Of `dydit profile` and `dydit evaluate`, or folders that hold such.
-        weights: Hash of the weights of the model that is exported, where it is recorded.
+        weights: Hash of the weights of the model that is exported.
 
     Raises:
         DyditError: If a folder holds neither, or what was measured is another model.
@@ -75,17 +75,17 @@ def _read(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _check_weights(file: Path, content: Mapping[str, Any], weights: str | None) -> None:
+def _check_weights(file: Path, content: Mapping[str, Any], weights: str) -> None:
     """Another model's numbers do not belong on a card.
 
     Raises:
-        DyditError: If both hashes are known and differ.
+        DyditError: If it is known on which weights they were measured, and these are others.
     """
     if file.name == EVALUATION:
         theirs = (content.get("subject") or {}).get("weights_sha256")
     else:
         theirs = ((manifest_of(file.parent) or {}).get("parent") or {}).get("weights_sha256")
-    if theirs is not None and weights is not None and theirs != weights:
+    if theirs is not None and theirs != weights:
         raise DyditError(
             f"{file} is of another model.",
             why=f"It was measured on weights with the hash {theirs[:12]}, and those of this model have {weights[:12]}.",

@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 
 from dydit_cli.artifacts import load_model
-from dydit_cli.errors import DyditError
 from dydit_cli.export.card import DYNAMIC, pipeline_card
-from dydit_cli.export.flux import STREAMED, export_flux
+from dydit_cli.export.flux import STREAMED, check_flux_pipeline, export_flux
 from dydit_cli.export.format import Format
 from dydit_cli.export.labels import class_names
 from dydit_cli.export.parts_card import parts_card
 from dydit_cli.export.pipeline import CODE, TRANSFORMER, is_pixel_space, write_pipeline
-from dydit_cli.export.refusals import refuse_baked, refuse_pipeline
+from dydit_cli.export.refusals import refuse_baked, refuse_budget, refuse_pipeline, refuse_plugin_width
 from dydit_cli.export.report import (
     ExportReport,
     Progress,
@@ -29,7 +28,6 @@ from dydit_cli.export.space import check_space
 from dydit_cli.export.vae import Vae, find_vae
 from dydit_cli.export.verify import reload_difference
 from dydit_cli.families.dynamic_model import DynamicModel
-from dydit_cli.plugged import provider_of
 from dydit_cli.recipe.schema import ExportSection
 
 PIPELINE_DTYPE = "float32"
@@ -74,15 +72,25 @@ class Told:
     verified: Callable[[float], str] = loaded_and_compared
 
 
+def check_folder(source: Source, settings: ExportSection) -> None:
+    """See that a model goes into a folder as the settings say.
+
+    Raises:
+        DyditError: For options that the family does not take, an autoencoder that does not fit, and a budget that it does not serve.
+    """
+    refuse_pipeline(source, settings)
+    _vae_of(source, settings)
+    refuse_budget(source, settings)
+
+
 def open_model(source: Source, settings: ExportSection, say: Progress) -> Opened:
     """Load what goes into a folder.
 
     Raises:
-        DyditError: For options that the family does not take, and a budget that it does not serve.
+        DyditError: If its weights cannot be read, or do not follow the budget.
     """
-    refuse_pipeline(source, settings)
     dtype = settings.dtype or PIPELINE_DTYPE
-    vae = find_vae(settings.vae, int(source.config["in_channels"])) if settings.vae else None
+    vae = _vae_of(source, settings)
     say("reading the model")
     model = load_model(
         source.path, torch_dtype=getattr(torch, dtype), convention="native", budget=settings.budget
@@ -162,9 +170,28 @@ def write_folder(
     )
 
 
+def _vae_of(source: Source, settings: ExportSection) -> Vae | None:
+    return find_vae(settings.vae, int(source.config["in_channels"])) if settings.vae else None
+
+
 def nbytes_of(model: DynamicModel) -> int:
     """Bytes of what is stored of a model."""
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+def check_diffusers(source: Source, settings: ExportSection) -> None:
+    """Refuse what is no pipeline folder with dydit's own code.
+
+    Raises:
+        DyditError: For everything that can be known without the weights.
+    """
+    # The code that goes along is made of the package's own modules.
+    refuse_plugin_width(source, settings)
+    if source.family.objective == STREAMED:
+        check_flux_pipeline(source, settings)
+        return
+    refuse_baked(source)
+    check_folder(source, settings)
 
 
 def write_diffusers(source: Source, settings: ExportSection, folder: Path, say: Progress) -> ExportReport:
@@ -175,14 +202,6 @@ def write_diffusers(source: Source, settings: ExportSection, folder: Path, say: 
     """
     if source.family.objective == STREAMED:
         return export_flux(source, settings, folder, say)
-    refuse_baked(source)
-    width = str(source.config.get("width", "free"))
-    if provider_of("width", width) is not None:
-        raise DyditError(
-            f"A model with routers of the kind '{width}' cannot be exported with its code.",
-            why="The code that goes along is made of dydit's own modules, and these routers come from a plug-in of yours.",
-            fix="Pass --format static for the complete model, or --format baked, which needs no width routers.",
-        )
     opened = open_model(source, settings, say)
 
     def compare(transformer: Path, code: Path) -> float:
@@ -197,5 +216,6 @@ DIFFUSERS = Format(
     name="diffusers",
     summary="a pipeline folder",
     families=("dit", "sit", "latte", "flux"),
+    check=check_diffusers,
     write=write_diffusers,
 )

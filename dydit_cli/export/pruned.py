@@ -15,8 +15,8 @@ from dydit_cli.errors import DyditError
 from dydit_cli.execution import DenseExecutor
 from dydit_cli.export.flat import is_order, is_router
 from dydit_cli.export.format import Format
-from dydit_cli.export.pipeline_format import Opened, Told, nbytes_of, open_model, write_folder
-from dydit_cli.export.refusals import refuse_baked, refuse_following_timestep
+from dydit_cli.export.pipeline_format import Opened, Told, check_folder, nbytes_of, open_model, write_folder
+from dydit_cli.export.refusals import refuse_baked, refuse_following_timestep, refuse_measured
 from dydit_cli.export.report import ExportReport, Progress, Source
 from dydit_cli.export.sizes import megabytes
 from dydit_cli.export.verify import TIMESTEPS, judged, shipped
@@ -42,21 +42,32 @@ trained to be that small at the timestep {t}; how well it does at others was not
 """
 
 
-def write_pruned(source: Source, settings: ExportSection, folder: Path, say: Progress) -> ExportReport:
-    """Write a pipeline folder of a pruned model, load it with its own code and compare.
+def check_pruned(source: Source, settings: ExportSection) -> None:
+    """Refuse what has no one width at a timestep.
 
     Raises:
-        DyditError: For everything that a user can put right.
+        DyditError: For everything that can be known without the weights.
     """
     refuse_baked(source)
     refuse_following_timestep(source, settings)
-    t = _timestep(settings.timestep, source.family.objective)
+    refuse_measured(settings)
+    _timestep(settings.timestep, source.family.objective)
     if source.config.get("block_heads") is not None:
         raise DyditError(
             "This model is pruned already.",
             why="Its blocks have one width at all timesteps.",
             fix="Pass --format diffusers.",
         )
+    check_folder(source, settings)
+
+
+def write_pruned(source: Source, settings: ExportSection, folder: Path, say: Progress) -> ExportReport:
+    """Write a pipeline folder of a pruned model, load it with its own code and compare.
+
+    Raises:
+        DyditError: For everything that a user can put right.
+    """
+    t = _timestep(settings.timestep, source.family.objective)
     opened = open_model(source, settings, say)
     dynamic = opened.model
     if not isinstance(dynamic, DynamicTransformer):
@@ -193,6 +204,7 @@ PRUNED_FORMAT = Format(
     name="pruned",
     summary="the static model of one timestep's width",
     families=("dit", "sit"),
+    check=check_pruned,
     write=write_pruned,
     options=frozenset({"timestep"}),
     instead="Blocks of a width of their own are written for DiT and SiT; pass --format diffusers, or --format baked for a Latte.",

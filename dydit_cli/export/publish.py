@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,28 @@ USE = "## Use\n\n"
 LEFT_OUT = ("recipe.yaml", "manifest.json")
 """Say where files lay on this machine, which is nobody's business who downloads the model."""
 
+EVERYTHING = "*"
+"""What a new commit deletes of an older one: shards of another number, say, which diffusers would load in the place of the new
+ones. Files that are uploaded again stay, and the Hub's client spares ``.gitattributes``."""
+
 MISSING = "RepositoryNotFoundError"
 
 Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Destination:
+    """A repository of the Hub as it is before an upload.
+
+    Attributes:
+        repository: ``owner/name``.
+        exists: Whether it is there, and gets a new commit.
+        private: Whether it is, or will be, seen by its owner alone.
+    """
+
+    repository: str
+    exists: bool
+    private: bool
 
 
 def check_destination(repository: str) -> None:
@@ -36,15 +56,17 @@ def check_destination(repository: str) -> None:
         )
 
 
-def check_login(repository: str, overwrite: bool) -> None:
-    """Ask the Hub who is logged in and whether the repository is there, before hours are spent on an export.
+def check_login(repository: str, *, private: bool, overwrite: bool) -> Destination:
+    """Ask the Hub who is logged in and what the repository is, before hours are spent on an export.
 
     Args:
         repository: ``owner/name``.
+        private: Whether it is to be seen by its owner alone.
         overwrite: Whether a repository that is there may get a new commit.
 
     Raises:
-        DyditError: If nobody is logged in, the Hub cannot be asked, or the repository is there and may not be changed.
+        DyditError: If nobody is logged in, the Hub cannot be asked, or the repository is there and may not be changed, or is seen by
+            everybody where it must not be.
     """
     from huggingface_hub import HfApi, get_token
 
@@ -56,12 +78,18 @@ def check_login(repository: str, overwrite: bool) -> None:
         )
     client = HfApi()
     _asked(repository, client.whoami)
-    if not overwrite and _asked(repository, lambda: client.repo_exists(repository)):
+    if not _asked(repository, lambda: client.repo_exists(repository)):
+        return Destination(repository, exists=False, private=private)
+    if not overwrite:
+        raise _taken(repository)
+    hidden = bool(_asked(repository, lambda: client.repo_info(repository)).private)
+    if private and not hidden:
         raise DyditError(
-            f"The repository {repository} exists already.",
-            why="Its files would be replaced.",
-            fix="Choose another name, or pass --overwrite for a new commit in it.",
+            f"The repository {repository} exists, and everybody sees it.",
+            why="--private is about a new repository; a new commit does not hide one that is there.",
+            fix="Choose another name, make that repository private on the Hub first, or leave --private out.",
         )
+    return Destination(repository, exists=True, private=hidden)
 
 
 def upload_list(folder: Path) -> list[tuple[str, int]]:
@@ -83,14 +111,12 @@ def address_card(folder: Path, repository: str) -> None:
             temporary.write_text(text.replace(USE, f"{USE}```sh\n{command}\n```\n\n", 1), encoding="utf-8")
 
 
-def publish(folder: Path, repository: str, *, private: bool, overwrite: bool, say: Progress) -> str:
+def publish(folder: Path, destination: Destination, say: Progress) -> str:
     """Upload an export.
 
     Args:
         folder: The export, finished and verified.
-        repository: ``owner/name``.
-        private: Whether a new repository is seen by its owner alone.
-        overwrite: Whether a repository that is there may get a new commit.
+        destination: As `check_login` found it. What else is in a repository that exists is deleted.
         say: Told what is being done.
 
     Returns:
@@ -101,13 +127,15 @@ def publish(folder: Path, repository: str, *, private: bool, overwrite: bool, sa
     """
     from huggingface_hub import HfApi
 
-    client = HfApi()
+    client, repository = HfApi(), destination.repository
     address_card(folder, repository)
     say(f"uploading to {repository}")
     try:
         made: Any = _asked(
             repository,
-            lambda: client.create_repo(repository, repo_type="model", private=private, exist_ok=overwrite),
+            lambda: client.create_repo(
+                repository, repo_type="model", private=destination.private, exist_ok=destination.exists
+            ),
         )
         _asked(
             repository,
@@ -115,17 +143,39 @@ def publish(folder: Path, repository: str, *, private: bool, overwrite: bool, sa
                 repo_id=repository,
                 folder_path=str(folder),
                 ignore_patterns=list(LEFT_OUT),
+                delete_patterns=EVERYTHING if destination.exists else None,
                 commit_message="Export of dydit",
             ),
         )
     except DyditError as error:
-        later = f"`hf upload {repository} {quoted(folder)}`"
         raise DyditError(
             error.what,
             why=error.why,
-            fix=f"{error.fix} The export itself is whole; {later} uploads it later.",
+            fix=f"{error.fix} The export itself is whole; `{_by_hand(folder, destination)}` uploads it later.",
         ) from error
     return str(made)
+
+
+def _by_hand(folder: Path, destination: Destination) -> str:
+    """A command of the Hub's client that uploads the same files in the same way."""
+    from huggingface_hub import __version__
+
+    # Before 1.0 the last of several --exclude counts, since then each takes one pattern.
+    between = " " if int(__version__.partition(".")[0]) < 1 else " --exclude "
+    words = ["hf upload", destination.repository, quoted(folder), f"--exclude {between.join(LEFT_OUT)}"]
+    if destination.private:
+        words.append("--private")
+    if destination.exists:
+        words.append(f"--delete {quoted(EVERYTHING)}")
+    return " ".join(words)
+
+
+def _taken(repository: str) -> DyditError:
+    return DyditError(
+        f"The repository {repository} exists already.",
+        why="Its files would be replaced.",
+        fix="Choose another name, or pass --overwrite for a new commit in it.",
+    )
 
 
 def _asked(repository: str, call: Callable[[], Any]) -> Any:
@@ -141,11 +191,7 @@ def _explained(repository: str, error: Exception) -> DyditError:
     status = getattr(getattr(error, "response", None), "status_code", None)
     kind = type(error).__name__
     if status == 409:
-        return DyditError(
-            f"The repository {repository} exists already.",
-            why="Its files would be replaced.",
-            fix="Choose another name, or pass --overwrite for a new commit in it.",
-        )
+        return _taken(repository)
     if status == 401 or kind == "LocalTokenNotFoundError":
         return DyditError(
             "The Hub does not accept this machine's login.",
@@ -162,10 +208,10 @@ def _explained(repository: str, error: Exception) -> DyditError:
         return DyditError(
             f"The Hub refused to take {repository}.",
             why=f"It says: {said}",
-            fix="Try again later; the export stays where it is.",
+            fix="Try again later.",
         )
     return DyditError(
         "The Hub cannot be reached.",
         why=f"{kind}: {said}",
-        fix="Go online and run `dydit export` with --push-to-hub again; HF_HUB_OFFLINE must not be set.",
+        fix="Go online, and see that HF_HUB_OFFLINE is not set.",
     )

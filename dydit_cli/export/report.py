@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dydit_cli.artifacts.ancestry import manifest_of
+from dydit_cli.artifacts.loading import model_folder
+from dydit_cli.artifacts.manifest import weights_hash
 from dydit_cli.checkpoints.terms import Terms
 from dydit_cli.dynamic.geometry import Geometry
 from dydit_cli.export.card import Subject
@@ -138,5 +140,8 @@ def measured_for(source: Source, settings: ExportSection) -> str:
     Raises:
         DyditError: If nothing was measured where the settings say so, or of another model.
     """
-    weights = (manifest_of(source.path) or {}).get("weights_sha256")
-    return measured_section(settings.measured or (), weights)
+    if not settings.measured:
+        return ""
+    # The manifest of a pipeline folder has no hash: its weights lie in transformer/.
+    recorded = (manifest_of(source.path) or {}).get("weights_sha256")
+    return measured_section(settings.measured, recorded or weights_hash(model_folder(source.path)))

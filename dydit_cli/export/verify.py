@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dydit_cli.errors import DyditError
+from dydit_cli.export.importing import imported
 from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.families.registry import family_of
 from dydit_cli.randomness import normal
@@ -74,16 +72,6 @@ def _as_pipelines_see_it(model: DynamicModel, noise: Tensor, times: Tensor, labe
     return prediction
 
 
-@contextmanager
-def shipped(code: Path) -> Iterator[ModuleType]:
-    """Import a file under a name that nothing else uses, for as long as the block lasts."""
-    spec = importlib.util.spec_from_file_location(CHECKED, code)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{code} cannot be imported.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[CHECKED] = module
-    try:
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        del sys.modules[CHECKED]
+def shipped(code: Path) -> AbstractContextManager[ModuleType]:
+    """Import a file of code; see `imported`."""
+    return imported(CHECKED, code)

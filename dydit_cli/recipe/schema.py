@@ -626,7 +626,8 @@ class ExportSection(Section):
             into the export.
         license: The licence that the model card states: an identifier such as `cc-by-nc-4.0`, or a name; the base model's if not given.
         measured: Folders of `dydit profile` and `dydit evaluate` whose results the model card shows.
-        dtype: Type of the written weights; if not given, float32 for a pipeline of DiT, SiT or Latte, and the stored types otherwise.
+        dtype: Type of the written weights; if not given, float32 for pipelines, programs and graphs of DiT, SiT and Latte, and the
+            stored types otherwise.
         overwrite: Replace an existing artifact.
     """
 

@@ -13,11 +13,14 @@ from huggingface_hub import ModelCard
 
 import dydit_cli
 from dydit_cli.artifacts import read_manifest, save_model, write_manifest
+from dydit_cli.artifacts.manifest import weights_hash
 from dydit_cli.checkpoints.terms import Terms
 from dydit_cli.errors import DyditError
+from dydit_cli.export.export import opened
 from dydit_cli.export.formats import FORMATS
 from dydit_cli.export.lineage import lineage_of
 from dydit_cli.export.metadata import LICENSES, chosen_terms, front_matter, license_fields
+from dydit_cli.recipe.schema import ExportSection
 from tests.export.artifacts import exported, static_checkpoint, trained
 from tests.tiny import tiny_model
 
@@ -195,6 +198,30 @@ def test_another_models_numbers_are_refused(model: Path, tmp_path: Path) -> None
         with pytest.raises(DyditError, match="of another model"):
             exported(model, tmp_path / "e", measured=(str(folder),))
     assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("static", {}), ("pruned", {"timestep": 500})])
+def test_static_models_do_not_boast_of_the_dynamic_ones_numbers(
+    kind: str, settings: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    profile = write_profile(tmp_path / "p", model)
+    with pytest.raises(DyditError, match="takes no --measured"):
+        exported(model, tmp_path / "e", kind, measured=(str(profile),), **settings)
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_pipeline_folder_knows_its_weights_too(model: Path, tmp_path: Path) -> None:
+    exported(model, tmp_path / "e")
+    assert read_manifest(tmp_path / "e")["weights_sha256"] is None
+    own, other = weights_hash(tmp_path / "e" / "transformer"), "0" * 64
+    evaluation = write_evaluation(tmp_path / "v", other)
+    settings = ExportSection(model=str(tmp_path / "e"), out=tmp_path / "again", measured=(str(evaluation),))
+    with pytest.raises(DyditError, match="of another model"):
+        opened(settings)
+    source, _ = opened(
+        settings.model_copy(update={"measured": (str(write_evaluation(tmp_path / "w", own)),)})
+    )
+    assert source.path == tmp_path / "e"
 
 
 def test_where_nothing_was_measured(model: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import sys
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,16 @@ def test_the_recipe_is_kept_and_work_is_told(tmp_path: Path) -> None:
     assert (tmp_path / "e" / "recipe.yaml").read_text() == "schema: 1\n"
     assert "recipe.yaml" in report.files
     assert len(told) == 3
+
+
+def test_no_compiled_code_is_left_in_an_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    monkeypatch.setattr(sys, "pycache_prefix", None)
+    model = trained(tmp_path / "t", in_channels=1)
+    report = exported(model, tmp_path / "e")
+    assert "transformer/modeling_dydit.py" in report.files
+    assert not [name for name in report.files if "__pycache__" in name]
+    assert not sys.dont_write_bytecode
 
 
 def test_lineage_goes_back_to_the_checkpoint_and_survives_gaps(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import dydit_cli
 from dydit_cli.artifacts import load_model, save_model
 from dydit_cli.checkpoints import read_checkpoint
 from dydit_cli.errors import DyditError
+from dydit_cli.export.lineage import Lineage
 from tests.export.artifacts import converted, exported, static_checkpoint, trained
 from tests.tiny import bits, tiny_inputs, tiny_model
 
@@ -51,6 +52,30 @@ def test_static_in_another_type(tmp_path: Path) -> None:
     assert all(torch.equal(found[key], source[key].bfloat16()) for key in source)
     assert "bit for bit" not in (tmp_path / "e" / "README.md").read_text(encoding="utf-8")
     assert report.dtype == "bfloat16"
+
+
+def test_a_base_that_an_export_rounded_is_not_said_to_be_the_base(tmp_path: Path) -> None:
+    converted(tmp_path / "c")
+    claim = "those of the base model, bit for bit"
+    for dtype, kept in (("float32", True), ("bfloat16", False)):
+        exported(tmp_path / "c", tmp_path / f"{dtype}-1", dtype=dtype)
+        exported(tmp_path / f"{dtype}-1", tmp_path / f"{dtype}-2", "static")
+        assert (claim in (tmp_path / f"{dtype}-2" / "README.md").read_text(encoding="utf-8")) is kept
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "kept"),
+    [
+        ("bfloat16", ("bfloat16", "float32"), True),
+        ("float16", ("bfloat16", "float32"), False),
+        ("bfloat16", ("float16",), False),
+        (None, ("float32",), False),
+    ],
+)
+def test_a_type_holds_another(stored: str | None, given: tuple[str, ...], kept: bool) -> None:
+    dtypes = {"*": stored, "y": "int64"} if stored else {}
+    assert Lineage(base="b", dtypes=dtypes, cast_to=given).untouched is kept
+    assert not Lineage(base="b", dtypes=dtypes, cast_to=given, loras=("l",)).untouched
 
 
 def test_static_of_a_trained_model_is_its_complete_model(tmp_path: Path) -> None:

@@ -18,16 +18,18 @@ from torch.utils.flop_counter import FlopCounterMode
 import dydit_cli
 from dydit_cli.artifacts import load_model, save_model
 from dydit_cli.errors import DyditError
-from dydit_cli.export.export import ExportReport
+from dydit_cli.export.export import ExportReport, opened
 from dydit_cli.export.programs.budget import settle_budget
 from dydit_cli.export.programs.cases import Case, live_cases
 from dydit_cli.export.programs.comparing import difference_in_fresh_process, judged
 from dydit_cli.export.programs.inputs import SAMPLE, tensors_of
 from dydit_cli.export.programs.program import live_program
-from dydit_cli.export.programs.torch_export import FILE, TOLERANCE, compare
+from dydit_cli.export.programs.torch_export import FILE, TOLERANCE, compare, usual_type
 from dydit_cli.families.dynamic_model import DynamicModel
+from dydit_cli.families.registry import family_named
+from dydit_cli.recipe.schema import ExportSection
 from tests.export.artifacts import exported, trained
-from tests.tiny import tiny_inputs, tiny_model
+from tests.tiny import CONFIGS, tiny_inputs, tiny_model
 
 SMALL = {"hidden_size": 24, "num_layers": 1, "num_attention_heads": 3, "sample_size": 32, "patch_size": 8}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -207,6 +209,29 @@ def test_a_file_that_is_no_program_is_refused(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(b"nothing")
     with pytest.raises(DyditError, match="cannot be run in a fresh process"):
         difference_in_fresh_process(tmp_path / FILE, [], TOLERANCE)
+
+
+def test_the_type_is_the_stored_one_where_weights_are_many(tmp_path: Path) -> None:
+    flux = family_named("flux").build(CONFIGS["flux"]).to(torch.bfloat16)
+    (tmp_path / "flux").mkdir()
+    save_model(flux, tmp_path / "flux")
+    trained(tmp_path / "dit", "dit", **SMALL)
+    for name, dtype in (("flux", "bfloat16"), ("dit", "float32")):
+        settings = ExportSection(model=str(tmp_path / name), out=tmp_path / "e", format="torch-export")
+        assert usual_type(opened(settings)[0]) == dtype
+
+
+def test_the_fresh_process_has_the_users_packages_and_none_of_our_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after `pip install --user`, or with PYTHONPATH."""
+    (tmp_path / "torch.py").write_text(
+        "import sys\nraise ImportError('of the user, ' + str(any('dydit_cli' in place for place in sys.path)))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(DyditError) as caught:
+        difference_in_fresh_process(tmp_path / "model.pt2", [], TOLERANCE)
+    assert caught.value.why == "ImportError: of the user, False"
 
 
 @pytest.mark.parametrize("difference", [float("nan"), 1.1 * TOLERANCE])

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import pytest
 
 from dydit_cli.cli.app import main
+from dydit_cli.errors import DyditError
+from dydit_cli.export.publish import Destination, publish
+from dydit_cli.shell import quoted
 from tests.export.artifacts import trained
 
 NAME = "somebody/dit-dynamic"
@@ -24,12 +28,12 @@ class Refusal(Exception):
 
 
 class Hub:
-    """Remembers what it was asked."""
+    """Remembers what it was asked; its repositories say whether they are private."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.token: str | None = "hf_token"
-        self.repositories: set[str] = set()
+        self.repositories: dict[str, bool] = {}
         self.refuses: dict[str, Exception] = {}
 
     def answer(self, name: str, **asked: Any) -> Any:
@@ -56,9 +60,13 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
             there.answer("repo_exists", repo_id=repo_id)
             return repo_id in there.repositories
 
+        def repo_info(self, repo_id: str) -> Any:
+            there.answer("repo_info", repo_id=repo_id)
+            return SimpleNamespace(private=there.repositories[repo_id])
+
         def create_repo(self, repo_id: str, **options: Any) -> str:
             there.answer("create_repo", repo_id=repo_id, **options)
-            there.repositories.add(repo_id)
+            there.repositories.setdefault(repo_id, options["private"])
             return f"https://huggingface.co/{repo_id}"
 
         def upload_folder(self, **options: Any) -> None:
@@ -88,6 +96,8 @@ def test_an_upload(words: list[str], hub: Hub, capsys: pytest.CaptureFixture[str
     created, uploaded = hub.calls[2][1], hub.calls[3][1]
     assert created == {"repo_id": NAME, "repo_type": "model", "private": False, "exist_ok": False}
     assert uploaded["ignore_patterns"] == ["recipe.yaml", "manifest.json"], "local paths stay here"
+    assert uploaded["delete_patterns"] is None
+    assert "are deleted" not in err
     assert f"hf download {NAME} --local-dir e" in uploaded["card"]
     assert str(Path.cwd()) not in uploaded["card"]
 
@@ -120,12 +130,62 @@ def test_without_a_login_nothing_is_exported(
 
 
 def test_what_exists_is_not_replaced(words: list[str], hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
-    hub.repositories.add(NAME)
+    hub.repositories[NAME] = False
     assert main(words) == 2
     assert f"The repository {NAME} exists already." in capsys.readouterr().err
     assert not Path("e").exists()
     assert main([*words, "--overwrite"]) == 0
     assert hub.calls[-2][1]["exist_ok"] is True
+    # Shards and the index of an older export would be loaded in the place of the new file.
+    assert hub.calls[-1][1]["delete_patterns"] == "*"
+    assert "other files that are there now are deleted" in capsys.readouterr().err
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(
+    words: list[str], hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.repositories[NAME] = False
+    assert main([*words, "--private", "--overwrite"]) == 2
+    assert "exists, and everybody sees it" in capsys.readouterr().err
+    assert not Path("e").exists(), "that is said before the export"
+    assert hub.names == ["whoami", "repo_exists", "repo_info"]
+
+
+def test_a_private_repository_is_said_to_be_one(
+    words: list[str], hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.repositories[NAME] = True
+    assert main([*words, "--overwrite"]) == 0
+    assert f"go to {NAME}, seen by its owner alone:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("version", "destination", "command"),
+    [
+        (
+            "2.4.0",
+            Destination(NAME, exists=False, private=True),
+            "hf upload {} e --exclude recipe.yaml --exclude manifest.json --private",
+        ),
+        (
+            "0.36.0",
+            Destination(NAME, exists=True, private=False),
+            f"hf upload {{}} e --exclude recipe.yaml manifest.json --delete {quoted('*')}",
+        ),
+    ],
+)
+def test_by_hand_the_same_files_go_to_the_same_place(
+    version: str, destination: Destination, command: str, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "__version__", version)
+    Path("e").mkdir()
+    for name in ("README.md", "model_index.json"):
+        Path("e", name).write_text("")
+    hub.refuses["upload_folder"] = TimeoutError("timed out")
+    with pytest.raises(DyditError) as caught:
+        publish(Path("e"), destination, lambda what: None)
+    assert f"`{command.format(NAME)}`" in caught.value.fix
+    assert "dydit export" not in caught.value.fix, "what was exported is whole"
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from dydit_cli.plugged import IN_USE
 from dydit_cli.plugins import load_plugin
 from dydit_cli.training.deciding import DECIDING
 from tests.export.artifacts import exported, static_checkpoint
+from tests.flux_parts import saved_flux
 from tests.tiny import relative_difference, tiny_inputs, tiny_model
 
 REGISTRIES = (WIDTHS, PLUGGED_RANKINGS, DECIDING, IN_USE)
@@ -136,9 +137,18 @@ def test_its_baseline_is_one_to_train(tmp_path: Path, example: Path) -> None:
 
 def test_its_routers_are_not_exported_with_code(tmp_path: Path, example: Path) -> None:
     folder = converted(tmp_path, example)
-    with pytest.raises(DyditError, match="plug-in of yours"):
-        exported(folder, tmp_path / "x")
+    for kind in ("diffusers", "original"):
+        with pytest.raises(DyditError, match="plug-in of yours"):
+            exported(folder, tmp_path / "x", kind)
     assert exported(folder, tmp_path / "s", "static").files
+
+
+def test_nor_are_those_of_a_flux(tmp_path: Path, example: Path) -> None:
+    load_plugin(example)
+    folder = saved_flux(tmp_path / "m", width="unit")
+    for kind in ("diffusers", "original", "comfyui"):
+        with pytest.raises(DyditError, match="plug-in of yours"):
+            exported(folder, tmp_path / "x", kind)
 
 
 @pytest.mark.parametrize(

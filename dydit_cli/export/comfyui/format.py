@@ -7,17 +7,21 @@ from importlib import resources
 from pathlib import Path
 
 from dydit_cli.checkpoints.layout import Rearranged
-from dydit_cli.errors import DyditError
 from dydit_cli.export.comfyui.card import comfyui_card
 from dydit_cli.export.comfyui.layout import comfyui_layout
 from dydit_cli.export.comfyui.verify import node_difference
-from dydit_cli.export.flux import arguments_of, open_flux, refuse_parts, without_identity_orders
+from dydit_cli.export.flux import open_flux, without_identity_orders
 from dydit_cli.export.format import Format
-from dydit_cli.export.refusals import refuse_following_timestep
+from dydit_cli.export.refusals import (
+    refuse_budget,
+    refuse_following_timestep,
+    refuse_parts,
+    refuse_plugin_width,
+)
 from dydit_cli.export.report import ExportReport, Progress, Source, report_of, subject_of
+from dydit_cli.export.skeleton import arguments_of
 from dydit_cli.export.tensors import Cast, commonest_dtype, write_compared
 from dydit_cli.families.flux import DyFluxTransformer2DModel
-from dydit_cli.plugged import provider_of
 from dydit_cli.recipe.schema import ExportSection
 
 NODE = "ComfyUI-dydit"
@@ -27,24 +31,28 @@ LOADER = {"head_dim": 128, "axes": (16, 56, 56), "latent_channels": 16, "mlp_rat
 """What ComfyUI's loader takes every FLUX.1 to be: no tensor tells the axes, and it does not look at the others."""
 
 
+def check_comfyui(source: Source, settings: ExportSection) -> None:
+    """Refuse what the node does not run.
+
+    Raises:
+        DyditError: For everything that can be known without the weights.
+    """
+    refuse_following_timestep(source, settings)
+    refuse_parts(settings)
+    refuse_plugin_width(source, settings)
+    refuse_budget(source, settings)
+
+
 def write_comfyui(source: Source, settings: ExportSection, folder: Path, say: Progress) -> ExportReport:
     """Write the weights and the node, and verify both.
 
     Raises:
         DyditError: For everything that a user can put right.
     """
-    refuse_following_timestep(source, settings)
-    refuse_parts(settings)
-    width = source.config.get("width", "free")
-    if isinstance(width, str) and provider_of("width", width) is not None:
-        raise DyditError(
-            f"A model with routers of the kind '{width}' cannot be exported for ComfyUI.",
-            why="They come from a plug-in of yours, and the node knows dydit's own kinds.",
-            fix="Pass --format static for the complete model.",
-        )
-    model, tensors = open_flux(source, settings, say)
+    ordered = source.config.get("width", "free") == "ordered"
+    model, tensors = open_flux(source, say)
     kept = without_identity_orders(tensors)
-    renamed = Rearranged(kept, comfyui_layout(kept.specs, ordered=width == "ordered"))
+    renamed = Rearranged(kept, comfyui_layout(kept.specs, ordered=ordered))
     written = Cast(renamed, {"*": settings.dtype} if settings.dtype else {})
     dtype = commonest_dtype(written)
     subject = subject_of(source, settings, model.geometry, dtype)
@@ -56,7 +64,7 @@ def write_comfyui(source: Source, settings: ExportSection, folder: Path, say: Pr
     as_stored = Cast(tensors, {"*": settings.dtype} if settings.dtype else {})
     difference, scale, whole = node_difference(arguments_of(source), as_stored, folder / NODE, file)
     axes = model.config.axes_dims_rope
-    card = comfyui_card(subject, file.name, NODE, axes=axes, ordered=width == "ordered")
+    card = comfyui_card(subject, file.name, NODE, axes=axes, ordered=ordered)
     (folder / "README.md").write_text(card, encoding="utf-8")
     notes = [
         "The node was run with the written weights, in torch and not in ComfyUI: that part of it is tested against a stand-in only."
@@ -118,6 +126,7 @@ COMFYUI = Format(
     name="comfyui",
     summary="weights for ComfyUI's own loader, and a node that runs them dynamically",
     families=("flux",),
+    check=check_comfyui,
     write=write_comfyui,
     instead="Pass --format diffusers: ComfyUI loads FLUX from a single file, and has no DiT, SiT or Latte of this form.",
 )

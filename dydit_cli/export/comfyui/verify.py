@@ -7,10 +7,8 @@ ComfyUI's alone (loading, casting, the call of replaced blocks) is not verified 
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from dydit_cli.checkpoints import open_checkpoint
 from dydit_cli.checkpoints.lazy import LazyTensors, lazily
+from dydit_cli.export import importing
 from dydit_cli.export.flux_verify import RUNNABLE, SIDES, TIMES, built, prediction
 from dydit_cli.export.verify import judged
 from dydit_cli.families.flux import DyFluxTransformer2DModel
@@ -121,24 +120,9 @@ def modules(tensors: Mapping[str, Tensor], prefix: str) -> nn.Module:
     return root
 
 
-@contextmanager
-def imported(folder: Path) -> Iterator[ModuleType]:
-    """Import a folder as a package, as ComfyUI does, for as long as the block lasts; its submodules are its attributes."""
-    spec = importlib.util.spec_from_file_location(
-        CHECKED, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{folder} cannot be imported.")
-    package = importlib.util.module_from_spec(spec)
-    sys.modules[CHECKED] = package
-    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:
-        spec.loader.exec_module(package)
-        yield package
-    finally:
-        sys.dont_write_bytecode = writes
-        for name in [name for name in sys.modules if name == CHECKED or name.startswith(f"{CHECKED}.")]:
-            del sys.modules[name]
+def imported(folder: Path) -> AbstractContextManager[ModuleType]:
+    """Import a folder as a package, as ComfyUI does; see `importing.imported`."""
+    return importing.imported(CHECKED, folder / "__init__.py")
 
 
 def _widths(package: Any, routers: Any, tensors: Mapping[str, Tensor], time: float) -> Any:

@@ -48,8 +48,8 @@ def difference_in_fresh_process(program: Path, cases: Sequence[Case], tolerance:
     with tempfile.TemporaryDirectory() as folder:
         calls, result = Path(folder) / "cases.pt", Path(folder) / "result.json"
         torch.save([(case.inputs, case.expected) for case in cases], calls)
-        # -I: no folder of ours on the path, no user's settings.
-        command = [sys.executable, "-I", str(SCRIPT), str(program.resolve()), str(calls), str(result)]
+        # Not with -I, which hides a torch of `pip install --user` or PYTHONPATH; the script drops our folder from its path.
+        command = [sys.executable, str(SCRIPT), str(program.resolve()), str(calls), str(result)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode or not result.is_file():
             lines = [line for line in done.stderr.splitlines() if line.strip()]

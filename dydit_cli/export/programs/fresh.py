@@ -1,6 +1,6 @@
 """Run a saved program as its user does: in a process that has torch and nothing of ours. This file is a script of its own.
 
-    python -I fresh.py PROGRAM CASES RESULT
+    python fresh.py PROGRAM CASES RESULT
 
 CASES is a file of torch with a list of (inputs by name, expected output); RESULT becomes a JSON file.
 """
@@ -32,6 +32,8 @@ class Absent(MetaPathFinder):
 
 def main(program: str, cases: str, result: str) -> None:
     """Load the program, run all cases, write the largest difference and the largest expected value."""
+    here = str(Path(__file__).resolve().parent)
+    sys.path[:] = [place for place in sys.path if place != here]
     sys.meta_path.insert(0, Absent())
     import torch
 

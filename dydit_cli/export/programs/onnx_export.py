@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dydit_cli.artifacts import load_model
 from dydit_cli.errors import DyditError
@@ -22,8 +23,7 @@ from dydit_cli.export.programs.cards import onnx_card
 from dydit_cli.export.programs.cases import Case, baked_cases
 from dydit_cli.export.programs.comparing import judged
 from dydit_cli.export.programs.program import BakedProgram
-from dydit_cli.export.programs.torch_export import GRAPH_BYTES, bytes_in, compare, refuse_parts, trace
-from dydit_cli.export.refusals import refuse_baked, refuse_following_timestep
+from dydit_cli.export.programs.torch_export import GRAPH_BYTES, bytes_in, check_program, compare, trace
 from dydit_cli.export.report import ExportReport, Progress, Source, report_of, subject_of
 from dydit_cli.export.sizes import megabytes
 from dydit_cli.export.space import check_space
@@ -49,20 +49,25 @@ NOTES = (
 )
 
 
+def check_onnx(source: Source, settings: ExportSection) -> None:
+    """Refuse what a graph cannot hold.
+
+    Raises:
+        DyditError: If a package is missing, and for everything else that can be known without the weights.
+    """
+    check_packages()
+    check_program(source, settings)
+    refuse_other_types(settings)
+    _schedule(source, settings)
+
+
 def write_onnx(source: Source, settings: ExportSection, folder: Path, say: Progress) -> ExportReport:
     """Write a graph, run it by onnxruntime and compare.
 
     Raises:
-        DyditError: If a package is missing, for what the graph cannot hold, and if it does not compute what the model computes.
+        DyditError: If the graph cannot hold the model, or does not compute what it computes.
     """
-    check_packages()
-    refuse_parts(settings)
-    refuse_following_timestep(source, settings)
-    refuse_baked(source)
-    refuse_other_types(settings)
-    steps = STEPS if settings.steps is None else settings.steps
-    objective = source.family.objective
-    sampler, times = timesteps_of(objective, settings.sampler or SAMPLERS[objective], steps)
+    steps, sampler, times = _schedule(source, settings)
     say("reading the model")
     model = load_model(source.path, convention="native", budget=settings.budget)
     settle_budget(model)
@@ -99,6 +104,17 @@ def write_onnx(source: Source, settings: ExportSection, folder: Path, say: Progr
     )
 
 
+def _schedule(source: Source, settings: ExportSection) -> tuple[int, str, Tensor]:
+    """Steps, the sampler's name and its timesteps.
+
+    Raises:
+        DyditError: As `timesteps_of`.
+    """
+    steps = STEPS if settings.steps is None else settings.steps
+    objective = source.family.objective
+    return steps, *timesteps_of(objective, settings.sampler or SAMPLERS[objective], steps)
+
+
 def check_packages() -> None:
     """See that what writes and runs graphs is installed.
 
@@ -110,7 +126,7 @@ def check_packages() -> None:
         raise DyditError(
             f"The onnx format needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed.",
             why="torch writes graphs with onnx and onnxscript, and what was written is run by onnxruntime.",
-            fix='Run `python -m pip install "dydit[onnx]"`, or use --format torch-export, which needs none of them.',
+            fix=f"Run `python -m pip install {' '.join(PACKAGES)}`, or use --format torch-export, which needs none of them.",
         )
 
 
@@ -224,6 +240,7 @@ ONNX = Format(
     name="onnx",
     summary="a graph for onnxruntime, widths of a schedule baked",
     families=("dit", "sit"),
+    check=check_onnx,
     write=write_onnx,
     options=frozenset({"steps", "sampler"}),
     instead="Pass --format torch-export, which takes every family.",

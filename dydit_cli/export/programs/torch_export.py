@@ -10,8 +10,12 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from dydit_cli.artifacts import load_model
+from dydit_cli.artifacts.loading import model_folder
+from dydit_cli.checkpoints import open_checkpoint
+from dydit_cli.checkpoints.lazy import lazily
 from dydit_cli.errors import DyditError
 from dydit_cli.execution.compiled import first_line
+from dydit_cli.export.flux import STREAMED
 from dydit_cli.export.format import Format
 from dydit_cli.export.programs.budget import settle_budget
 from dydit_cli.export.programs.cards import torch_export_card
@@ -19,9 +23,10 @@ from dydit_cli.export.programs.cases import Case, live_cases
 from dydit_cli.export.programs.comparing import difference_in_fresh_process, judged
 from dydit_cli.export.programs.inputs import SAMPLE, changing_sizes
 from dydit_cli.export.programs.program import LiveProgram, live_program
-from dydit_cli.export.refusals import refuse_baked, refuse_following_timestep
+from dydit_cli.export.refusals import refuse_baked, refuse_budget, refuse_following_timestep
 from dydit_cli.export.report import ExportReport, Progress, Source, report_of, subject_of
 from dydit_cli.export.space import check_space
+from dydit_cli.export.tensors import commonest_dtype
 from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.recipe.schema import ExportSection
 
@@ -38,16 +43,25 @@ NOTES = (
 )
 
 
+def check_program(source: Source, settings: ExportSection) -> None:
+    """Refuse what a program cannot hold.
+
+    Raises:
+        DyditError: For everything that can be known without the weights.
+    """
+    refuse_parts(settings)
+    refuse_following_timestep(source, settings)
+    refuse_baked(source)
+    refuse_budget(source, settings)
+
+
 def write_torch_export(source: Source, settings: ExportSection, folder: Path, say: Progress) -> ExportReport:
     """Write a program, run it in a fresh process that has torch alone, and compare.
 
     Raises:
         DyditError: For what a program cannot hold, and if it does not compute what the model computes.
     """
-    refuse_parts(settings)
-    refuse_following_timestep(source, settings)
-    refuse_baked(source)
-    dtype = settings.dtype or "float32"
+    dtype = settings.dtype or usual_type(source)
     say("reading the model")
     model = load_model(source.path, convention="native", budget=settings.budget)
     settle_budget(model)
@@ -66,6 +80,8 @@ def write_torch_export(source: Source, settings: ExportSection, folder: Path, sa
     say(f"writing {FILE} and running it in a fresh process")
     file = folder / FILE
     torch.export.save(traced, file)
+    # The fresh process holds the weights once more.
+    del model, program, traced
     difference = max(difference, difference_in_fresh_process(file, cases, TOLERANCE))
     subject = subject_of(source, settings, geometry, dtype)
     card = torch_export_card(subject, FILE, cases[-1].inputs)
@@ -80,6 +96,13 @@ def write_torch_export(source: Source, settings: ExportSection, folder: Path, sa
         verified=f"Run in a fresh process with torch alone, it differs from the model by at most {difference:.1e}.",
         facts={"takes": ", ".join(cases[-1].inputs), "skips": "heads, channel groups and tokens"},
     )
+
+
+def usual_type(source: Source) -> str:
+    """The type of a program's weights if none was asked for: of families whose weights pass one by one the stored one, else fp32."""
+    if source.family.objective != STREAMED:
+        return "float32"
+    return commonest_dtype(lazily(open_checkpoint(model_folder(source.path)).tensors))
 
 
 @torch.no_grad()
@@ -159,5 +182,6 @@ TORCH_EXPORT = Format(
     name="torch-export",
     summary="a program of torch.export, run by torch alone",
     families=("dit", "sit", "latte", "latte-t2v", "flux"),
+    check=check_program,
     write=write_torch_export,
 )
