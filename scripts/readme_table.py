@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from scripts.pages import replace_between
+from scripts.reproduction.cells import core
 from scripts.reproduction.report import NOT_MEASURED, TITLES, read_results
 
 PAGE = ROOT / "README.md"
@@ -60,9 +61,16 @@ def table(results: Mapping[str, Any]) -> str:
 def chosen(results: Mapping[str, Any], family: str) -> Iterator[Mapping[str, Any]]:
     """The rows of a family that the README shows, each dynamic one with the best pruning of its ratio behind it.
 
-    Rows that were expected and have not run are among them.
+    Rows of the protocol's core that have not run are among them.
     """
-    rows = [row for row in results["rows"] if row["family"] == family and not row["variant"]]
+    needed = {cell.row for cell in core()}
+    rows = [
+        row
+        for row in results["rows"]
+        if row["family"] == family
+        and not row["variant"]
+        and (row["state"] != NOT_MEASURED or (family, row["arm"], row["lambda"], "") in needed)
+    ]
     yield from (row for row in rows if row["arm"] == ALONE[0])
     for row in sorted((row for row in rows if row["arm"] == "dynamic"), key=lambda row: -row["lambda"]):
         yield row

@@ -34,6 +34,7 @@ RESULTS: dict[str, Any] = {
     "rows": [
         row("base", 1.0, 3.0),
         row("dynamic", 0.3, None),
+        row("dynamic", 0.9, None),
         row("dynamic", 0.5, 4.25),
         row("pruned-random", 0.5, 9.0),
         row("pruned-taylor", 0.5, 7.5),
