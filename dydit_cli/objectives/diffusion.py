@@ -7,7 +7,9 @@ likelihood of 8-bit data; the mean is detached there, so that the bound trains t
 that learned no variance has the squared error only.
 
 Source: Nichol & Dhariwal, "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672), sections 2
-and 3, as used by facebookresearch/DiT; checked against its losses in tests/objectives.
+and 3, as used by facebookresearch/DiT; checked against its losses in tests/objectives. The weighting by noise
+level is that of Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy" (arXiv 2303.09556),
+equation 6 for predicted noise.
 """
 
 from __future__ import annotations
@@ -28,12 +30,16 @@ SMALLEST = 1e-12
 class DiffusionObjective:
     """Gaussian diffusion as in DiT. Timesteps are whole numbers 0 ... 999, kept as fp32; 999 is nearly
     pure noise.
+
+    Args:
+        snr_gamma: γ: squared errors at signal-to-noise ratio r are weighted by min(r, γ) / r, scaled to 1 on average over
+            timesteps, so that the ratio's loss keeps its weight. None weights all alike, as the originals do.
     """
 
     kind = "diffusion"
     num_strata = 4
 
-    def __init__(self) -> None:
+    def __init__(self, snr_gamma: float | None = None) -> None:
         betas = torch.linspace(BETA_START, BETA_END, STEPS, dtype=torch.float64)
         kept = torch.cumprod(1 - betas, dim=0)
         kept_before = torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
@@ -51,6 +57,11 @@ class DiffusionObjective:
             "log_variance_low": floor.log(),
             "log_variance_high": betas.log(),
         }
+        if snr_gamma is not None:
+            signal_to_noise = kept / (1 - kept)
+            weights = signal_to_noise.clamp(max=snr_gamma) / signal_to_noise
+            tables["weight"] = weights / weights.mean()
+        self._is_weighted = snr_gamma is not None
         # Made in fp64, used in fp32, as in the original; not every device knows fp64.
         cpu = torch.device("cpu")
         self._tables = {cpu: {name: table.float() for name, table in tables.items()}}
@@ -77,7 +88,8 @@ class DiffusionObjective:
 
     def losses(self, prediction: Tensor, clean: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
         """See `Objective`: ``mse``, and with a learned variance ``vb`` in bits a dimension; ``loss`` is their
-        sum.
+        sum, in which the squared error is weighted where the objective weights noise levels. The bound is not: it trains
+        the variance alone, which no other term does.
 
         Args:
             prediction: (B, C, h, w), or (B, 2C, h, w) with a learned variance; of videos with the axis of frames before C.
@@ -89,10 +101,11 @@ class DiffusionObjective:
         channels = clean.shape[-3]
         predicted_noise = prediction[..., :channels, :, :]
         mse = _mean_over_sample((predicted_noise - noise) ** 2)
+        weighted = mse * self._table("weight", t.device)[t.long()] if self._is_weighted else mse
         if prediction.shape[-3] == channels:
-            return {"loss": mse, "mse": mse}
+            return {"loss": weighted, "mse": mse}
         vb = self._bound(predicted_noise.detach(), prediction[..., channels:, :, :], clean, noise, t)
-        return {"loss": mse + vb, "mse": mse, "vb": vb}
+        return {"loss": weighted + vb, "mse": mse, "vb": vb}
 
     def noise_level(self, t: Tensor) -> Tensor:
         """See `Objective`: the standard deviation of the noise in x_t."""

@@ -175,6 +175,8 @@ class FinetuneSection(Section):
         calibrate: At the end, add to all router logits the one small number at which the realised ratio is the target (ours).
         loss: What is learned: `denoising` (the data's own targets) or `distillation` (the predictions that the complete model
             made before training, at guidance from 1 to 5); `auto` distils FLUX and denoises otherwise (ours).
+        snr_gamma: DiT, Latte: γ of Min-SNR weighting, 5 in its paper: the squared error at signal-to-noise ratio r counts min(r, γ) / r,
+            so that routers spend less on the last, nearly clean steps; all noise levels alike if not given (ours).
         timestep_location: FLUX: mean of the normal variable whose sigmoid draws timesteps.
         timestep_scale: FLUX: its standard deviation.
         timestep_shift: FLUX: whether these timesteps move with the resolution as the sampler's do.
@@ -237,6 +239,7 @@ class FinetuneSection(Section):
     feedback: Flag = False
     calibrate: Flag = True
     loss: Literal["auto", "denoising", "distillation"] = "auto"
+    snr_gamma: Positive | None = None
     timestep_location: Real = 0.0
     timestep_scale: Positive = 1.0
     timestep_shift: Flag = True
@@ -276,6 +279,12 @@ class FinetuneSection(Section):
             )
         if self.target == "latency" and self.budgets is not None:
             raise ValueError("target 'latency' has one target_ratio; leave budgets out")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_are_of_denoising(self) -> Self:
+        if self.snr_gamma is not None and self.loss == "distillation":
+            raise ValueError("snr_gamma weights the loss 'denoising'; leave it out, or set loss to denoising")
         return self
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from dydit_cli.errors import DyditError
 from dydit_cli.families.dynamic_model import DynamicModel
 from dydit_cli.families.registry import family_of
 from dydit_cli.objectives import Objective, objective_of
+from dydit_cli.objectives.diffusion import DiffusionObjective
 from dydit_cli.objectives.rectified import RectifiedFlowObjective
 from dydit_cli.processes.world import ALONE, World
 from dydit_cli.recipe.schema import FinetuneSection
@@ -134,12 +135,20 @@ def assemble(
 
 
 def _objective(settings: FinetuneSection, model: DynamicModel) -> Objective:
-    """The objective of the model's family with the recipe's distribution of timesteps.
+    """The objective of the model's family with the recipe's distribution of timesteps and weights of noise levels.
 
     Raises:
-        DyditError: if such a distribution is given for a family that has none.
+        DyditError: if one of them is given for a family that has none.
     """
     objective = objective_of(model)
+    if settings.snr_gamma is not None:
+        if not isinstance(objective, DiffusionObjective):
+            raise DyditError(
+                f"snr_gamma cannot be set for a {family_of(model).title}.",
+                why="It weights predictions of noise; this family predicts velocities.",
+                fix="Leave it out.",
+            )
+        objective = DiffusionObjective(settings.snr_gamma)
     if isinstance(objective, RectifiedFlowObjective):
         return replace(
             objective,

@@ -22,6 +22,7 @@ from scripts.reproduction.remedies import (
     called_for,
     cells_for,
     remedied_cells,
+    remedies_for,
     subjects_named,
     validation_cell,
     winner,
@@ -102,7 +103,7 @@ class Book:
         """Choose the best remedy of each row that enough were tried for. What was chosen once stays: the reference is asked once."""
         found, held = self._of_remedies(), self.settled()
         for subject in SUBJECTS:
-            tried = [remedy for remedy in REMEDIES if validation_cell(subject, remedy) in found]
+            tried = [remedy for remedy in remedies_for(subject) if validation_cell(subject, remedy) in found]
             name = _row_name(subject)
             if name in held or not tried:
                 continue

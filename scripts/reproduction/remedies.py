@@ -1,7 +1,8 @@
 """What is tried where a hypothesis is missed or undecided (docs/protocol.md, "A miss and what follows"). Nothing here runs anything.
 
 Each remedy is the row itself with one thing changed, as a cell of its own on the validation split with the seed of the choices, beside
-the row as it is under the same seed. One that trains longer is compared with what the row is compared with, trained as long.
+the row as it is under the same seed. What any arm would profit from (more steps, another learning rate, other weights in the loss) is
+compared with what the row is compared with, treated alike.
 """
 
 from __future__ import annotations
@@ -21,10 +22,16 @@ REMEDIED = "remedied"
 CAPACITY = "a base of more capacity (12 blocks of 384 channels)"
 """The remedy that is no cell here, because it needs a GPU."""
 
+WEIGHT_RATES: Mapping[str, float] = {DYNAMIC: 3e-4, "td-lora": 1e-3}
+"""The learning rates of the recipes; `CONTROL` has that of the dynamic model."""
 ROUTER_RATES: Mapping[Family, float] = {"dit": 1e-3, "sit": 2e-2}
 """The routers' learning rates of the recipes."""
 GROUPS = 8
 """Channel groups of the base models: as many as heads."""
+
+
+Changes = Callable[[Family, str, float], tuple[str, ...]]
+"""Overrides by family, arm and λ."""
 
 
 @dataclass(frozen=True)
@@ -34,25 +41,35 @@ class Remedy:
     Attributes:
         name: Short; a variant of cells.
         title: For the page.
-        changes: Overrides by family and λ.
+        changes: What is set otherwise.
         longer: How many times as many steps.
+        shared: Whether what the row is compared with is treated alike.
+        families: Those that have such a thing.
     """
 
     name: str
     title: str
-    changes: Callable[[Family, float], tuple[str, ...]] = lambda family, ratio: ()
+    changes: Changes = lambda family, arm, ratio: ()
     longer: int = 1
+    shared: bool = False
+    families: tuple[Family, ...] = ("dit", "sit")
 
 
-def _router_rate(factor: float) -> Callable[[Family, float], tuple[str, ...]]:
-    return lambda family, ratio: (f"finetune.router_learning_rate={ROUTER_RATES[family] * factor:.3g}",)
+def _rate(factor: float) -> Changes:
+    return lambda family, arm, ratio: (
+        f"finetune.learning_rate={WEIGHT_RATES.get(arm, WEIGHT_RATES[DYNAMIC]) * factor:.3g}",
+    )
 
 
-def _always(*changes: str) -> Callable[[Family, float], tuple[str, ...]]:
-    return lambda family, ratio: changes
+def _router_rate(factor: float) -> Changes:
+    return lambda family, arm, ratio: (f"finetune.router_learning_rate={ROUTER_RATES[family] * factor:.3g}",)
 
 
-def _calibrated(family: Family, ratio: float) -> tuple[str, ...]:
+def _always(*changes: str) -> Changes:
+    return lambda family, arm, ratio: changes
+
+
+def _calibrated(family: Family, arm: str, ratio: float) -> tuple[str, ...]:
     """A start as docs/calibrate.md recommends it: its own ranking, and no noise of routing after the ramp."""
     start = ("convert.calibrate={data}", f"convert.calibrate_ratio={ratio:g}")
     ranking = ("convert.importance=taylor", "convert.data={data}")
@@ -60,8 +77,8 @@ def _calibrated(family: Family, ratio: float) -> tuple[str, ...]:
 
 
 REMEDIES = (
-    Remedy("twice-steps", "twice the steps", longer=2),
-    Remedy("four-times-steps", "four times the steps", longer=4),
+    Remedy("twice-steps", "twice the steps", longer=2, shared=True),
+    Remedy("four-times-steps", "four times the steps", longer=4, shared=True),
     Remedy("router-rate-third", "routers' learning rate a third", _router_rate(1 / 3)),
     Remedy("router-rate-triple", "routers' learning rate three times", _router_rate(3)),
     Remedy("annealed", "gating annealed", _always("finetune.gating=annealed")),
@@ -72,6 +89,21 @@ REMEDIES = (
     Remedy("taylor", "Taylor ranking", _always("convert.importance=taylor", "convert.data={data}")),
     Remedy("distillation", "distillation from the complete model", _always("finetune.loss=distillation")),
     Remedy("calibrated", "calibrated start", _calibrated),
+    Remedy("rate-third", "all weights' learning rate a third", _rate(1 / 3), shared=True),
+    Remedy(
+        "min-snr-5",
+        "noise levels weighted, γ = 5",
+        _always("finetune.snr_gamma=5"),
+        shared=True,
+        families=("dit",),
+    ),
+    Remedy(
+        "min-snr-0.1",
+        "noise levels weighted, γ = 0.1",
+        _always("finetune.snr_gamma=0.1"),
+        shared=True,
+        families=("dit",),
+    ),
 )
 """In the order of the protocol."""
 
@@ -108,13 +140,18 @@ HYPOTHESES = tuple(name for subject in SUBJECTS for name in subject.hypotheses)
 
 
 def cells_for(subject: Subject) -> list[Cell]:
-    """What is tried for a row: first itself and what it is compared with, then remedies, those that train longer with their twin."""
-    found = [validation_cell(subject), partner(subject, 1)]
-    for remedy in REMEDIES:
+    """What is tried for a row: first itself and what it is compared with, then remedies, those that any arm would profit from with that."""
+    found = [validation_cell(subject), partner(subject)]
+    for remedy in remedies_for(subject):
         found.append(validation_cell(subject, remedy))
-        if remedy.longer > 1:
-            found.append(partner(subject, remedy.longer))
+        if remedy.shared:
+            found.append(partner(subject, remedy))
     return found
+
+
+def remedies_for(subject: Subject) -> list[Remedy]:
+    """Those that the row's family has."""
+    return [remedy for remedy in REMEDIES if subject.family in remedy.families]
 
 
 def all_remedies() -> list[Cell]:
@@ -127,18 +164,16 @@ def validation_cell(subject: Subject, remedy: Remedy | None = None) -> Cell:
     return _cell(subject.family, subject.arm, subject.ratio, remedy)
 
 
-def partner(subject: Subject, longer: int) -> Cell:
-    """What the row is compared with, trained so many times as long, on the validation split."""
+def partner(subject: Subject, remedy: Remedy | None = None) -> Cell:
+    """What the row is compared with, on the validation split: with a remedy that both share, else as it is."""
     arm, ratio = subject.against
-    return _cell(
-        subject.family, arm, ratio, next((each for each in REMEDIES if each.longer == longer > 1), None)
-    )
+    return _cell(subject.family, arm, ratio, remedy if remedy is not None and remedy.shared else None)
 
 
 def _cell(family: Family, arm: str, ratio: float, remedy: Remedy | None) -> Cell:
     if remedy is None:
         return Cell(family, arm, ratio, CHOICE_SEED, "remedy", None, UNCHANGED)
-    changes = remedy.changes(family, ratio)
+    changes = remedy.changes(family, arm, ratio)
     return Cell(family, arm, ratio, CHOICE_SEED, "remedy", None, remedy.name, changes, remedy.longer)
 
 
@@ -188,7 +223,9 @@ def winner(subject: Subject, found: Mapping[Cell, Mapping[str, Any]]) -> Remedy 
     if own is None:
         return None
     tried = {
-        remedy: found[cell] for remedy in REMEDIES if (cell := validation_cell(subject, remedy)) in found
+        remedy: found[cell]
+        for remedy in remedies_for(subject)
+        if (cell := validation_cell(subject, remedy)) in found
     }
     rivals = {
         remedy: result["fd"]
@@ -199,8 +236,8 @@ def winner(subject: Subject, found: Mapping[Cell, Mapping[str, Any]]) -> Remedy 
 
 
 def remedied_cells(subject: Subject, remedy: Remedy) -> list[Cell]:
-    """A remedy that won, against the test reference with the first seed; one that trains longer beside its twin that does."""
+    """A remedy that won, against the test reference with the first seed; one that is shared beside its twin."""
     chosen = [validation_cell(subject, remedy)]
-    if remedy.longer > 1:
-        chosen.append(partner(subject, remedy.longer))
+    if remedy.shared:
+        chosen.append(partner(subject, remedy))
     return [replace(cell, seed=0, group="remedied", variant=f"{REMEDIED}-{cell.variant}") for cell in chosen]

@@ -15,6 +15,7 @@ from scripts.reproduction.remedies import (
     Subject,
     partner,
     remedied_cells,
+    remedies_for,
     validation_cell,
     winner,
 )
@@ -48,10 +49,10 @@ def outcome_of(
         "arm": subject.arm,
         "lambda": subject.ratio,
         "against": {"arm": subject.against[0], "lambda": subject.against[1]},
-        "as_it_is": None if own is None else _measured(own, own, found.get(partner(subject, 1))),
+        "as_it_is": None if own is None else _measured(own, own, found.get(partner(subject))),
         # Two cells of one seed each differ by chance, in 95 of 100 cases, by less than this share.
         "noise": None if spread is None else student(spread.freedom) * math.sqrt(2) * spread.relative,
-        "tried": [_tried(subject, remedy, found, own) for remedy in REMEDIES],
+        "tried": [_tried(subject, remedy, found, own) for remedy in remedies_for(subject)],
         "not_tried": [CAPACITY],
         "best": None if best is None else best.name,
         "settled": settled,
@@ -72,7 +73,7 @@ def _tried(
     return {
         **named,
         "state": "measured",
-        **_measured(result, own, found.get(partner(subject, remedy.longer))),
+        **_measured(result, own, found.get(partner(subject, remedy))),
     }
 
 
@@ -104,7 +105,7 @@ def _on_test(subject: Subject, settled: str | None, results: Mapping[str, Any]) 
     table = table_of(rows)
     row = table.get(remedied_cells(subject, remedy)[0].row)
     against = table.get(
-        (subject.family, *subject.against, f"{REMEDIED}-{remedy.name}" if remedy.longer > 1 else "")
+        (subject.family, *subject.against, f"{REMEDIED}-{remedy.name}" if remedy.shared else "")
     )
     if row is None or against is None:
         return {"state": NOT_MEASURED}
@@ -133,8 +134,9 @@ def remedy_lines(outcomes: Sequence[Mapping[str, Any]], titles: Mapping[str, str
         "## What was tried, and what it did",
         "",
         "Each remedy is the row with one thing changed, a cell of its own with seed 100, measured on the **validation** split: its "
-        "distances compare with each other, not with those above. One that trains longer is compared with what the row is compared with, "
-        "trained as long. The held-out loss is that of denoising, for all of them.",
+        "distances compare with each other, not with those above. What any arm would profit from (more steps, another learning rate, "
+        "other weights of noise levels) is given to what the row is compared with as well. The held-out loss is that of denoising, for "
+        "all of them.",
         "",
     ]
     for outcome in outcomes:

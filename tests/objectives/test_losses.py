@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from dydit_cli.dynamic.gates import CompleteGating
 from dydit_cli.execution import DenseExecutor
 from dydit_cli.objectives import objective_for
+from dydit_cli.objectives.diffusion import DiffusionObjective
 from dydit_cli.objectives.objective import Objective
 from tests.objectives.base_models import PARITY, base_model
 
@@ -63,6 +64,27 @@ def test_without_a_learned_variance_the_loss_is_the_squared_error() -> None:
     losses = objective.losses(torch.full((2, 1, 4, 4), 3.0), clean, noise, torch.tensor([0.0, 500.0]))
     assert set(losses) == {"loss", "mse"}
     assert losses["loss"].tolist() == [4.0, 4.0]
+
+
+def test_noise_levels_are_weighted_by_min_snr() -> None:
+    """Equation 6 of arXiv 2303.09556 for predicted noise, but for one factor: 1 on average over timesteps."""
+    plain, weighted = DiffusionObjective(), DiffusionObjective(snr_gamma=5)
+    t = torch.arange(1000.0)
+    clean, noise = torch.zeros(1000, 1, 4, 4), torch.ones(1000, 1, 4, 4)
+    prediction = torch.full((1000, 1, 4, 4), 3.0)
+    before, after = (objective.losses(prediction, clean, noise, t)["loss"] for objective in (plain, weighted))
+    weights = after / before
+    assert float(weights.mean()) == pytest.approx(1, abs=1e-5)
+    ratio = 1 / plain.noise_level(t) ** 2 - 1
+    noisy = ratio < 5
+    assert 0 < int(noisy.sum()) < 1000
+    torch.testing.assert_close(weights[noisy], weights[-1].expand(int(noisy.sum())))
+    torch.testing.assert_close(weights[~noisy] / weights[-1], 5 / ratio[~noisy], rtol=1e-3, atol=1e-6)
+    # What is reported, and the bound, are as ever.
+    both = torch.cat([prediction, prediction], dim=1)
+    parts = [objective.losses(both, clean, noise, t) for objective in (plain, weighted)]
+    torch.testing.assert_close(parts[0]["mse"], parts[1]["mse"])
+    torch.testing.assert_close(parts[1]["loss"], weights * parts[0]["mse"] + parts[0]["vb"])
 
 
 @pytest.mark.parametrize(("family", "top"), [("dit", 1000), ("sit", 1)])

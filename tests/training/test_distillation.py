@@ -164,6 +164,25 @@ def test_plain_flow_matching_of_a_guided_model_warns(tmp_path: Path) -> None:
     assert not prepare_run(settings_of(tmp_path)).warnings
 
 
+def test_weights_of_noise_levels_belong_to_predicted_noise(tmp_path: Path) -> None:
+    from tests.training.runs import settings_for
+
+    plain, weighted = (
+        next(iter(prepare_run(settings_for(tmp_path, overwrite=True, **given)).steps()))
+        for given in ({}, {"snr_gamma": 5.0})
+    )
+    assert weighted.terms["mse"] == plain.terms["mse"]
+    assert weighted.terms["denoising"] != plain.terms["denoising"]
+    for settings in (
+        settings_for(tmp_path, family="sit", overwrite=True, snr_gamma=5.0),
+        settings_of(tmp_path, snr_gamma=5.0),
+    ):
+        with pytest.raises(DyditError, match="snr_gamma"):
+            prepare_run(settings)
+    with pytest.raises(ValueError, match="snr_gamma weights the loss 'denoising'"):
+        settings_for(tmp_path, snr_gamma=5.0, loss="distillation")
+
+
 def test_timestep_keys_belong_to_flux(tmp_path: Path) -> None:
     from tests.training.runs import settings_for
 
