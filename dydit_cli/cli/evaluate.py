@@ -293,7 +293,11 @@ def _take_subject(context: typer.Context) -> None:
     from dydit_cli.evaluation.inputs.kinds import is_model
 
     arguments = list(context.params.get("arguments") or ())
-    named = [each for each in arguments if Path(each).expanduser().is_dir() or each.endswith(".npz")]
+    named = [
+        each
+        for each in arguments
+        if Path(each).expanduser().is_dir() or (each.endswith(".npz") and not stage.is_override(each))
+    ]
     if not named:
         return
     given = [f"--{key}" for key in ("model", "samples") if context.params.get(key) is not None]

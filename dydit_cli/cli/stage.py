@@ -63,8 +63,8 @@ def split_arguments(arguments: list[str] | tuple[str, ...]) -> tuple[str | None,
     Raises:
         DyditError: More than one argument could be the recipe.
     """
-    overrides = [argument for argument in arguments if _is_override(argument)]
-    others = [argument for argument in arguments if not _is_override(argument)]
+    overrides = [argument for argument in arguments if is_override(argument)]
+    others = [argument for argument in arguments if not is_override(argument)]
     if len(others) > 1:
         raise DyditError(
             f"More than one recipe is named: {' and '.join(others)}.",
@@ -74,6 +74,7 @@ def split_arguments(arguments: list[str] | tuple[str, ...]) -> tuple[str | None,
     return (others[0] if others else None), overrides
 
 
-def _is_override(argument: str) -> bool:
+def is_override(argument: str) -> bool:
+    """Whether a word is ``key=value`` and no path."""
     key, sign, _ = argument.partition("=")
     return bool(sign) and not any(separator in key for separator in "/\\")

@@ -55,6 +55,13 @@ def test_a_model_from_plain_options(model: Path, capsys: pytest.CaptureFixture[s
     assert first["metrics"] == second["metrics"]
 
 
+def test_a_reference_as_an_override(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An archive that is the value of a key is not what is to be evaluated."""
+    archive(Path("r.npz"), pictures(20, 9, 32, 1))
+    assert main(["evaluate", str(model), "reference=r.npz", "num_images=8", "steps=2", "sampler=ddim"]) == 0
+    assert "Fréchet distance" in capsys.readouterr().out
+
+
 def test_json_alone_on_stdout(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words("--model", str(model), "--json")) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 8
