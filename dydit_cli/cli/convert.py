@@ -32,6 +32,7 @@ PATCHES = "x_embedder.proj.weight"
 SHIPPED_DATA = {
     "builtin:dit_fmnist": "fashion-mnist-subset",
     "builtin:dit_fmnist_long": "fashion-mnist-subset",
+    "builtin:sit_fmnist_long": "fashion-mnist-subset",
     "builtin:sit_fmnist": "fashion-mnist-subset",
     "builtin:latte_fmnist": "moving-fashion-mnist",
 }
