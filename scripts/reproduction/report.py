@@ -11,6 +11,7 @@ from typing import Any
 from dydit_cli.artifacts import atomic_write, write_json
 from dydit_cli.checkpoints.builtin import PREFIX
 from scripts.reproduction.cells import PRUNED, VALIDATED
+from scripts.reproduction.pictures import plot
 from scripts.reproduction.remedy_report import remedy_lines
 from scripts.reproduction.verdicts import (
     Planned,
@@ -41,8 +42,6 @@ TITLES = {
 }
 LONG = "_long"
 """What the names of base models end with that were trained until they gained little."""
-COLOURS = {"dynamic": "#1f6f8b", "static-control": "#222222", "base": "#888888"}
-PRUNED_COLOUR, OTHER_COLOUR = "#c05621", "#6b8e23"
 METRICS = {
     "spatial_frechet": "sFID",
     "kernel": "KID×1000",
@@ -415,88 +414,6 @@ def _commands(results: Mapping[str, Any]) -> list[str]:
             "",
         ]
     return lines if len(lines) > 4 else []
-
-
-def plot(results: Mapping[str, Any], file: Path, field: str, label: str) -> bool:
-    """Draw distance against a cost; false where nothing has it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import StrMethodFormatter
-
-    families = [
-        family
-        for family in ("dit", "sit")
-        if any(_has(row, field) for row in results["rows"] if row["family"] == family)
-    ]
-    if not families:
-        return False
-    figure = Figure(figsize=(6.4 * len(families), 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(families), squeeze=False)[0]
-    for panel, family in zip(panels, families, strict=True):
-        rows = [row for row in results["rows"] if row["family"] == family and _has(row, field)]
-        line = sorted(
-            (row[field] * 1e3, row["fd"]) for row in rows if row["arm"] == "dynamic" and not row["variant"]
-        )
-        panel.plot(*zip(*line, strict=True), color=COLOURS["dynamic"], lw=1, alpha=0.6) if len(
-            line
-        ) > 1 else None
-        for row in rows:
-            colour = COLOURS.get(
-                row["arm"], PRUNED_COLOUR if row["arm"].startswith("pruned-") else OTHER_COLOUR
-            )
-            panel.errorbar(
-                row[field] * 1e3,
-                row["fd"],
-                yerr=row["fd_std"],
-                fmt=_marker(row["arm"]),
-                color=colour,
-                capsize=3,
-                ms=6,
-            )
-            # What shares a cost with the dynamic row is named on its other side.
-            beside = colour == OTHER_COLOUR
-            panel.annotate(
-                _label(row),
-                (row[field] * 1e3, row["fd"]),
-                xytext=(-7 if beside else 7, -3),
-                textcoords="offset points",
-                ha="right" if beside else "left",
-                fontsize=7,
-                color=colour,
-            )
-        panel.set_title(_family(family))
-        panel.set_xlabel(label)
-        panel.set_ylabel("Fréchet distance (lower is better)")
-        panel.set_yscale("log")
-        for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-            axis(StrMethodFormatter("{x:g}"))
-        panel.tick_params(axis="y", which="both", labelsize=7)
-        panel.margins(x=0.16, y=0.1)
-        panel.grid(alpha=0.25, which="both")
-    with atomic_write(file) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
-    return True
-
-
-def _has(row: Mapping[str, Any], field: str) -> bool:
-    return row["state"] != NOT_MEASURED and row.get(field) is not None
-
-
-def _marker(arm: str) -> str:
-    return "s" if arm.startswith("pruned-") else "D" if arm in ("static-control", "base") else "o"
-
-
-def _label(row: Mapping[str, Any]) -> str:
-    names = {
-        "static-control": "control",
-        "pruned-random": "random",
-        "pruned-magnitude": "magnitude",
-        "pruned-taylor": "Taylor",
-    }
-    name = names.get(row["arm"], row["arm"])
-    lam = "" if row["arm"] in ("static-control", "base") else f" {row['lambda']:g}"
-    return f"{name}{lam}" + (f" {row['variant']}" if row["variant"] else "")
 
 
 def read_results(file: Path) -> dict[str, Any]:

@@ -1,0 +1,149 @@
+"""The pictures of the results: distance against a cost, a panel for each family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dydit_cli.artifacts import atomic_write
+
+COLOURS = {"dynamic": "#1f6f8b", "static-control": "#222222", "base": "#888888"}
+PRUNED_COLOUR, OTHER_COLOUR = "#c05621", "#6b8e23"
+NAMES = {
+    "static-control": "control",
+    "pruned-random": "random",
+    "pruned-magnitude": "magnitude",
+    "pruned-taylor": "Taylor",
+    "lora": "LoRA",
+    "td-lora": "TD-LoRA",
+}
+TITLES = {"dit": "DiT", "sit": "SiT"}
+LABEL_GAP = 9.0
+"""Least distance of two labels of a column, in points."""
+COLUMN = 0.1
+"""Points of a plot nearer than this, as a share of its width, have their labels in one column."""
+
+
+def plot(results: Mapping[str, Any], file: Path, field: str, label: str) -> bool:
+    """Draw distance against a cost; false where nothing has it.
+
+    Args:
+        results: As published.
+        file: The PNG to write.
+        field: Of a row: the cost, of which a thousandth is shown.
+        label: Of its axis.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    of_family = {
+        family: [row for row in results["rows"] if row["family"] == family and row.get(field) is not None]
+        for family in TITLES
+    }
+    families = [family for family, rows in of_family.items() if rows]
+    if not families:
+        return False
+    figure = Figure(figsize=(7.4 * len(families), 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(families), squeeze=False)[0]
+    for panel, family in zip(panels, families, strict=True):
+        _draw(panel, of_family[family], field)
+        panel.set_title(TITLES[family])
+        panel.set_xlabel(label)
+    # Where points are on the page is known when the layout is.
+    figure.draw_without_rendering()
+    for panel, family in zip(panels, families, strict=True):
+        _name(panel, of_family[family], field)
+    with atomic_write(file) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+    return True
+
+
+def apart(positions: Sequence[float], gap: float) -> list[float]:
+    """Move positions as little as it takes for neighbours to be ``gap`` apart; their order and their groups' means stay.
+
+    Args:
+        positions: In any order.
+        gap: In their unit.
+    """
+    order = sorted(range(len(positions)), key=lambda index: positions[index])
+    # Groups of neighbours that touch: [sum of (position - place in the group), members].
+    groups: list[tuple[float, list[int]]] = []
+    for index in order:
+        total, members = positions[index], [index]
+        while groups and total / len(members) - groups[-1][0] / len(groups[-1][1]) < gap * len(groups[-1][1]):
+            before, earlier = groups.pop()
+            total = before + total - gap * len(earlier) * len(members)
+            members = earlier + members
+        groups.append((total, members))
+    moved = list(positions)
+    for total, members in groups:
+        for place, index in enumerate(members):
+            moved[index] = total / len(members) + gap * place
+    return moved
+
+
+def _draw(panel: Any, rows: Sequence[Mapping[str, Any]], field: str) -> None:
+    from matplotlib.ticker import StrMethodFormatter
+
+    line = sorted(
+        (row[field] * 1e3, row["fd"]) for row in rows if row["arm"] == "dynamic" and not row["variant"]
+    )
+    if len(line) > 1:
+        panel.plot(*zip(*line, strict=True), color=COLOURS["dynamic"], lw=1, alpha=0.6)
+    for row in rows:
+        panel.errorbar(
+            row[field] * 1e3,
+            row["fd"],
+            yerr=row["fd_std"],
+            fmt=_marker(row["arm"]),
+            color=_colour(row["arm"]),
+            capsize=3,
+            ms=6,
+        )
+    panel.set_ylabel("Fréchet distance (lower is better)")
+    panel.set_yscale("log")
+    for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+        axis(StrMethodFormatter("{x:g}"))
+    panel.tick_params(axis="y", which="both", labelsize=7)
+    panel.margins(x=0.16, y=0.1)
+    panel.grid(alpha=0.25, which="both")
+
+
+def _name(panel: Any, rows: Sequence[Mapping[str, Any]], field: str) -> None:
+    """Write names beside the points: of what shares a cost with the dynamic rows and is no baseline, on the left."""
+    to_points = 72 / panel.figure.dpi
+    placed = []
+    for row in rows:
+        x, y = panel.transData.transform((row[field] * 1e3, row["fd"]))
+        column = round(panel.transAxes.inverted().transform((x, y))[0] / COLUMN)
+        placed.append((row, (column, _colour(row["arm"]) == OTHER_COLOUR), y * to_points))
+    for side in {side for _, side, _ in placed}:
+        here = [(row, height) for row, found, height in placed if found == side]
+        for (row, height), moved in zip(here, apart([height for _, height in here], LABEL_GAP), strict=True):
+            left = side[1]
+            panel.annotate(
+                _label(row),
+                (row[field] * 1e3, row["fd"]),
+                xytext=(-7 if left else 7, moved - height),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                va="center",
+                fontsize=7,
+                color=_colour(row["arm"]),
+            )
+
+
+def _colour(arm: str) -> str:
+    return COLOURS.get(arm, PRUNED_COLOUR if arm.startswith("pruned-") else OTHER_COLOUR)
+
+
+def _marker(arm: str) -> str:
+    return "s" if arm.startswith("pruned-") else "D" if arm in ("static-control", "base") else "o"
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    name = NAMES.get(row["arm"], row["arm"])
+    ratio = "" if row["arm"] in ("static-control", "base") else f" {row['lambda']:g}"
+    return f"{name}{ratio}" + (f" {row['variant']}" if row["variant"] else "")
