@@ -62,7 +62,7 @@ def completed(repository: Path, words: list[str], shell: str = "bash") -> list[s
         (["dydit", "finetune", "target_r"], ["target_ratio=", "target_ratio=0.5"]),
         # As bash breaks them: it replaces what stands behind the last sign.
         (["dydit", "sample", "sampler", "=", "dd"], ["ddpm", "ddim"]),
-        (["dydit", "convert", "--checkpoint", "builtin", ":", "s"], ["sit_fmnist"]),
+        (["dydit", "convert", "--checkpoint", "builtin", ":", "s"], ["sit_fmnist", "sit_fmnist_long"]),
         (["dydit", "recipes", "show", "demo/fashion-mnist-s"], ["demo/fashion-mnist-sit"]),
     ],
     ids=lambda value: " ".join(value),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from dydit_cli.artifacts import write_json
 from dydit_cli.artifacts.leftovers import process_name
 from scripts.reproduction import claims as claiming
 from scripts.reproduction.cells import FULL, Cell, Circumstances, all_cells, core
@@ -86,7 +87,8 @@ def worker(
         run(planned)
         result = {"fd": 1.0, "gmacs": 0.04, "equal_prune_ratio": 0.5, "learning_rate": 3e-4}
         planned.folder.mkdir(parents=True, exist_ok=True)
-        (planned.folder / "cell.json").write_text(json.dumps(result))
+        # As the runner leaves it: another worker may read at any time.
+        write_json(planned.folder / "cell.json", result)
         return result
 
     runner.run = pretended  # type: ignore[method-assign]
