@@ -17,14 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from scripts.pages import replace_between
-from scripts.reproduction.cells import core
+from scripts.reproduction.cells import FAMILIES, core
 from scripts.reproduction.report import NOT_MEASURED, TITLES, read_results
 
 PAGE = ROOT / "README.md"
 RESULTS = ROOT / "docs" / "results.json"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
-FAMILIES = {"dit": "DiT", "sit": "SiT"}
 ALONE = ("static-control", "td-lora")
 """Arms that are shown beside the dynamic rows and the best pruning of each of their ratios."""
 

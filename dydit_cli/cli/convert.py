@@ -32,8 +32,8 @@ PATCHES = "x_embedder.proj.weight"
 SHIPPED_DATA = {
     "builtin:dit_fmnist": "fashion-mnist-subset",
     "builtin:dit_fmnist_long": "fashion-mnist-subset",
-    "builtin:sit_fmnist_long": "fashion-mnist-subset",
     "builtin:sit_fmnist": "fashion-mnist-subset",
+    "builtin:sit_fmnist_long": "fashion-mnist-subset",
     "builtin:latte_fmnist": "moving-fashion-mnist",
 }
 """Data of the package that fit its models."""

@@ -31,6 +31,8 @@ CHOICE_SEED = 100
 STEPS = 1500
 """Of the recipes."""
 
+FAMILIES: Mapping[Family, str] = {"dit": "DiT", "sit": "SiT"}
+"""As they are called on pages."""
 SAMPLERS: Mapping[Family, str] = {"dit": "ddim", "sit": "euler"}
 ROUTERS: Mapping[Family, tuple[str, ...]] = {
     "dit": (),

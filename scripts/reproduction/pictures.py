@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dydit_cli.artifacts import atomic_write
+from scripts.reproduction.cells import FAMILIES
 
 COLOURS = {"dynamic": "#1f6f8b", "static-control": "#222222", "base": "#888888"}
 PRUNED_COLOUR, OTHER_COLOUR = "#c05621", "#6b8e23"
@@ -18,7 +19,6 @@ NAMES = {
     "lora": "LoRA",
     "td-lora": "TD-LoRA",
 }
-TITLES = {"dit": "DiT", "sit": "SiT"}
 LABEL_GAP = 9.0
 """Least distance of two labels of a column, in points."""
 COLUMN = 0.1
@@ -39,7 +39,7 @@ def plot(results: Mapping[str, Any], file: Path, field: str, label: str) -> bool
 
     of_family = {
         family: [row for row in results["rows"] if row["family"] == family and row.get(field) is not None]
-        for family in TITLES
+        for family in FAMILIES
     }
     families = [family for family, rows in of_family.items() if rows]
     if not families:
@@ -49,7 +49,7 @@ def plot(results: Mapping[str, Any], file: Path, field: str, label: str) -> bool
     panels = figure.subplots(1, len(families), squeeze=False)[0]
     for panel, family in zip(panels, families, strict=True):
         _draw(panel, of_family[family], field)
-        panel.set_title(TITLES[family])
+        panel.set_title(FAMILIES[family])
         panel.set_xlabel(label)
     # Where points are on the page is known when the layout is.
     figure.draw_without_rendering()

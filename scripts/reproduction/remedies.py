@@ -22,8 +22,8 @@ REMEDIED = "remedied"
 CAPACITY = "a base of more capacity (12 blocks of 384 channels)"
 """The remedy that is no cell here, because it needs a GPU."""
 
-WEIGHT_RATES: Mapping[str, float] = {DYNAMIC: 3e-4, "td-lora": 1e-3}
-"""The learning rates of the recipes; `CONTROL` has that of the dynamic model."""
+WEIGHT_RATES: Mapping[str, float] = {DYNAMIC: 3e-4, CONTROL: 3e-4, "td-lora": 1e-3}
+"""The learning rates of the recipes, of what is not a router."""
 ROUTER_RATES: Mapping[Family, float] = {"dit": 1e-3, "sit": 2e-2}
 """The routers' learning rates of the recipes."""
 GROUPS = 8
@@ -56,9 +56,7 @@ class Remedy:
 
 
 def _rate(factor: float) -> Changes:
-    return lambda family, arm, ratio: (
-        f"finetune.learning_rate={WEIGHT_RATES.get(arm, WEIGHT_RATES[DYNAMIC]) * factor:.3g}",
-    )
+    return lambda family, arm, ratio: (f"finetune.learning_rate={WEIGHT_RATES[arm] * factor:.3g}",)
 
 
 def _router_rate(factor: float) -> Changes:
@@ -89,7 +87,7 @@ REMEDIES = (
     Remedy("taylor", "Taylor ranking", _always("convert.importance=taylor", "convert.data={data}")),
     Remedy("distillation", "distillation from the complete model", _always("finetune.loss=distillation")),
     Remedy("calibrated", "calibrated start", _calibrated),
-    Remedy("rate-third", "all weights' learning rate a third", _rate(1 / 3), shared=True),
+    Remedy("rate-third", "learning rate of all but routers a third", _rate(1 / 3), shared=True),
     Remedy(
         "min-snr-5",
         "noise levels weighted, γ = 5",

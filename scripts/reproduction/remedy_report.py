@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scripts.reproduction.cells import Cell
+from scripts.reproduction.cells import FAMILIES, Cell
 from scripts.reproduction.remedies import (
     CAPACITY,
     REMEDIED,
@@ -147,7 +147,7 @@ def remedy_lines(outcomes: Sequence[Mapping[str, Any]], titles: Mapping[str, str
 def _table(outcome: Mapping[str, Any], titles: Mapping[str, str]) -> list[str]:
     against = titles.get(outcome["against"]["arm"], outcome["against"]["arm"])
     lines = [
-        f"### {outcome['family'].replace('dit', 'DiT').replace('sit', 'SiT')}, "
+        f"### {FAMILIES[outcome['family']]}, "
         f"{titles.get(outcome['arm'], outcome['arm'])}, λ {outcome['lambda']:g} ({', '.join(outcome['hypotheses'])})",
         "",
         f"| | Fréchet ↓ | against the row | over {against} | held-out loss ↓ | ratio held out | MMACs | steps |",

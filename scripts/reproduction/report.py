@@ -10,7 +10,7 @@ from typing import Any
 
 from dydit_cli.artifacts import atomic_write, write_json
 from dydit_cli.checkpoints.builtin import PREFIX
-from scripts.reproduction.cells import PRUNED, VALIDATED
+from scripts.reproduction.cells import FAMILIES, PRUNED, VALIDATED
 from scripts.reproduction.pictures import plot
 from scripts.reproduction.remedy_report import remedy_lines
 from scripts.reproduction.verdicts import (
@@ -223,7 +223,7 @@ def page(results: Mapping[str, Any], plots: Sequence[str], *, quick: bool) -> st
         if all(each["text"] == NOT_MEASURED for each in found):
             continue
         parts += [
-            f"{_family(family)}:",
+            f"{FAMILIES[family]}:",
             "",
             "| | claimed beforehand | verdict | Fréchet distances |",
             "| --- | --- | --- | --- |",
@@ -251,10 +251,6 @@ def page(results: Mapping[str, Any], plots: Sequence[str], *, quick: bool) -> st
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _family(name: str) -> str:
-    return {"dit": "DiT", "sit": "SiT"}[name]
-
-
 def _table(results: Mapping[str, Any], family: str) -> list[str]:
     rows = [row for row in results["rows"] if row["family"] == family]
     if not rows:
@@ -271,7 +267,7 @@ def _table(results: Mapping[str, Any], family: str) -> list[str]:
         "ms an image ↓",
     ]
     heading += list(METRICS.values())
-    lines = [f"## {_family(family)}", "", f"| {' | '.join(heading)} |"]
+    lines = [f"## {FAMILIES[family]}", "", f"| {' | '.join(heading)} |"]
     lines.append("| --- |" + " ---: |" * (len(heading) - 1))
     for row in rows:
         title = TITLES.get(row["arm"], row["arm"]) + (f" ({row['variant']})" if row["variant"] else "")
@@ -312,7 +308,7 @@ def _number(value: float | None, form: str, scale: float = 1) -> str:
 
 
 def _bases(bases: Mapping[str, str]) -> str:
-    return ", ".join(f"{_family(family)} `{base}`" for family, base in bases.items())
+    return ", ".join(f"{FAMILIES[family]} `{base}`" for family, base in bases.items())
 
 
 def _rates(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -334,7 +330,7 @@ def _warning(family: str, base: str, rows: Sequence[Mapping[str, Any]]) -> list[
     if not any(row["family"] == family and row["state"] != NOT_MEASURED for row in rows):
         return []
     return [
-        f"> {_family(family)}: every row starts from `{base}`, which was not trained until it gained little any more, so that more "
+        f"> {FAMILIES[family]}: every row starts from `{base}`, which was not trained until it gained little any more, so that more "
         "training alone flatters all of them.",
         "",
     ]
@@ -400,7 +396,7 @@ def _commands(results: Mapping[str, Any]) -> list[str]:
             continue
         name = " ".join(
             part
-            for part in (_family(row["family"]), row["arm"], f"{row['lambda']:g}", row["variant"])
+            for part in (FAMILIES[row["family"]], row["arm"], f"{row['lambda']:g}", row["variant"])
             if part
         )
         lines += [

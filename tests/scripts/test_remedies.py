@@ -94,7 +94,7 @@ def test_every_remedy_of_the_protocol_is_a_cell_of_the_recipes_keys(repository: 
         if cell.variant == UNCHANGED:
             plain[row] = sections
             assert sections[1]["steps"] == STEPS
-            assert sections[1]["learning_rate"] == WEIGHT_RATES.get(cell.arm, WEIGHT_RATES["dynamic"])
+            assert sections[1]["learning_rate"] == WEIGHT_RATES[cell.arm]
             if not cell.is_static:
                 # What the remedies multiply.
                 assert sections[1]["router_learning_rate"] == ROUTER_RATES[cell.family]
