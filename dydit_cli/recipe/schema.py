@@ -175,8 +175,8 @@ class FinetuneSection(Section):
         calibrate: At the end, add to all router logits the one small number at which the realised ratio is the target (ours).
         loss: What is learned: `denoising` (the data's own targets) or `distillation` (the predictions that the complete model
             made before training, at guidance from 1 to 5); `auto` distils FLUX and denoises otherwise (ours).
-        snr_gamma: DiT, Latte: γ of Min-SNR weighting, 5 in its paper: the squared error at signal-to-noise ratio r counts min(r, γ) / r,
-            so that routers spend less on the last, nearly clean steps; all noise levels alike if not given (ours).
+        snr_gamma: DiT, Latte: γ of Min-SNR weighting, 5 in its paper: in training the squared error at signal-to-noise ratio r counts
+            min(r, γ) / r, so that the nearly clean steps weigh less; all noise levels alike if not given (ours).
         timestep_location: FLUX: mean of the normal variable whose sigmoid draws timesteps.
         timestep_scale: FLUX: its standard deviation.
         timestep_shift: FLUX: whether these timesteps move with the resolution as the sampler's do.

@@ -94,17 +94,17 @@ class Measuring:
             return None
         self._last = None
         if settings.budgets is not None and isinstance(model, DynamicTransformer):
-            calibrate_budgets(model, self._data.train, self._parts.objective, self._towards_target)
+            calibrate_budgets(model, self._data.train, self._parts.measured, self._towards_target)
             return None
         return calibrate(
-            model, self._data.train, self._parts.objective, settings.target_ratio, self._towards_target
+            model, self._data.train, self._parts.measured, settings.target_ratio, self._towards_target
         )
 
     def held_out(self, done: int, images: int) -> RatioReport:
         """The moving average's ratio and loss after ``done`` steps; measured once, as the last step's may be asked for twice."""
         key = (done, images)
         if self._last is None or self._last[0] != key:
-            draws = HeldOutDraws(self._data.held_out, self._parts.objective, images)
+            draws = HeldOutDraws(self._data.held_out, self._parts.measured, images)
             self._last = (key, self._measure(self._parts.average.model, draws))
         return self._last[1]
 

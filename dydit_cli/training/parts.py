@@ -44,7 +44,8 @@ class TrainingParts:
         optimiser: AdamW, as accelerate wraps it.
         denoiser: The model's forward, as accelerate wraps it.
         accelerator: Autocast, gradient scaling, reductions.
-        objective: The family's, with the recipe's distribution of timesteps.
+        objective: The family's, with the recipe's distribution of timesteps and weights of noise levels.
+        measured: The same without weights: held-out losses are of all noise levels alike, whatever was trained on.
         teacher: Whose predictions are learned, or None for the data's own targets.
         cost: What the target refers to.
         dynamic: Whether masks train; else everything is on, which is the static control.
@@ -59,6 +60,7 @@ class TrainingParts:
     denoiser: nn.Module
     accelerator: Accelerator
     objective: Objective
+    measured: Objective
     teacher: Teacher | None
     cost: Cost
     dynamic: bool
@@ -118,13 +120,15 @@ def assemble(
         )
     )
     denoiser = Autocast(root, accelerator) if sharded else accelerator.prepare(root)
+    measured = _objective(settings, model)
     return TrainingParts(
         model=model,
         average=average,
         optimiser=optimiser,
         denoiser=denoiser,
         accelerator=accelerator,
-        objective=_objective(settings, model),
+        objective=_weighted(measured, settings, model),
+        measured=measured,
         teacher=teacher,
         cost=cost_of(settings, model),
         dynamic=dynamic,
@@ -134,21 +138,30 @@ def assemble(
     )
 
 
-def _objective(settings: FinetuneSection, model: DynamicModel) -> Objective:
-    """The objective of the model's family with the recipe's distribution of timesteps and weights of noise levels.
+def _weighted(objective: Objective, settings: FinetuneSection, model: DynamicModel) -> Objective:
+    """``objective`` with the recipe's weights of noise levels.
 
     Raises:
-        DyditError: if one of them is given for a family that has none.
+        DyditError: if they are given for a family that has none.
+    """
+    if settings.snr_gamma is None:
+        return objective
+    if not isinstance(objective, DiffusionObjective):
+        raise DyditError(
+            f"snr_gamma cannot be set for a {family_of(model).title}.",
+            why="It weights predictions of noise; this family predicts velocities.",
+            fix="Leave it out.",
+        )
+    return DiffusionObjective(settings.snr_gamma)
+
+
+def _objective(settings: FinetuneSection, model: DynamicModel) -> Objective:
+    """The objective of the model's family with the recipe's distribution of timesteps.
+
+    Raises:
+        DyditError: if one is given for a family that has none.
     """
     objective = objective_of(model)
-    if settings.snr_gamma is not None:
-        if not isinstance(objective, DiffusionObjective):
-            raise DyditError(
-                f"snr_gamma cannot be set for a {family_of(model).title}.",
-                why="It weights predictions of noise; this family predicts velocities.",
-                fix="Leave it out.",
-            )
-        objective = DiffusionObjective(settings.snr_gamma)
     if isinstance(objective, RectifiedFlowObjective):
         return replace(
             objective,
