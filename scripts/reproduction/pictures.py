@@ -1,8 +1,9 @@
-"""The pictures of the results: distance against a cost, a panel for each family."""
+"""The pictures of the results: quality against a cost, a panel for each family."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +20,78 @@ NAMES = {
     "lora": "LoRA",
     "td-lora": "TD-LoRA",
 }
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a row is drawn by.
+
+    Attributes:
+        field: Of a row.
+        label: Of the axis.
+        factor: From the row's unit to the axis's.
+        error: The field of its standard deviation; None if there is none.
+    """
+
+    field: str
+    label: str
+    factor: float = 1
+    error: str | None = None
+
+    def of(self, row: Mapping[str, Any]) -> float:
+        """Where a row stands on the axis."""
+        return float(row[self.field]) * self.factor
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture of the page: ``quality`` against ``cost``."""
+
+    file: str
+    cost: Scale
+    quality: Scale
+
+
+DISTANCE = Scale("fd", "Fréchet distance (lower is better)", error="fd_std")
+MACS = Scale("gmacs", "MMACs a forward, as executed while sampling", 1e3)
+PLOTS = (
+    Plot("results_macs.png", MACS, DISTANCE),
+    Plot(
+        "results_time.png",
+        Scale("seconds_per_image", "ms an image, measured side by side", 1e3),
+        DISTANCE,
+    ),
+    Plot(
+        "results_loss.png",
+        MACS,
+        Scale("held_out_loss", "held-out loss (lower is better)"),
+    ),
+)
+"""In the page's order."""
 LABEL_GAP = 9.0
 """Least distance of two labels of a column, in points."""
 COLUMN = 0.1
 """Points of a plot nearer than this, as a share of its width, have their labels in one column."""
 
 
-def plot(results: Mapping[str, Any], file: Path, field: str, label: str) -> bool:
-    """Draw distance against a cost; false where nothing has it.
+def draw(results: Mapping[str, Any], plot: Plot, folder: Path) -> bool:
+    """Write a plot of the rows that have both its values; false where none has.
 
     Args:
         results: As published.
-        file: The PNG to write.
-        field: Of a row: the cost, of which a thousandth is shown.
-        label: Of its axis.
+        plot: Which.
+        folder: Where its PNG goes.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     of_family = {
-        family: [row for row in results["rows"] if row["family"] == family and row.get(field) is not None]
+        family: [
+            row
+            for row in results["rows"]
+            if row["family"] == family
+            and all(row.get(scale.field) is not None for scale in (plot.cost, plot.quality))
+        ]
         for family in FAMILIES
     }
     families = [family for family, rows in of_family.items() if rows]
@@ -48,14 +101,13 @@ def plot(results: Mapping[str, Any], file: Path, field: str, label: str) -> bool
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(families), squeeze=False)[0]
     for panel, family in zip(panels, families, strict=True):
-        _draw(panel, of_family[family], field)
+        _draw(panel, of_family[family], plot)
         panel.set_title(FAMILIES[family])
-        panel.set_xlabel(label)
     # Where points are on the page is known when the layout is.
     figure.draw_without_rendering()
     for panel, family in zip(panels, families, strict=True):
-        _name(panel, of_family[family], field)
-    with atomic_write(file) as temporary:
+        _name(panel, of_family[family], plot)
+    with atomic_write(folder / plot.file) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
     return True
 
@@ -84,25 +136,27 @@ def apart(positions: Sequence[float], gap: float) -> list[float]:
     return moved
 
 
-def _draw(panel: Any, rows: Sequence[Mapping[str, Any]], field: str) -> None:
+def _draw(panel: Any, rows: Sequence[Mapping[str, Any]], plot: Plot) -> None:
     from matplotlib.ticker import StrMethodFormatter
 
+    cost, quality = plot.cost, plot.quality
     line = sorted(
-        (row[field] * 1e3, row["fd"]) for row in rows if row["arm"] == "dynamic" and not row["variant"]
+        (cost.of(row), quality.of(row)) for row in rows if row["arm"] == "dynamic" and not row["variant"]
     )
     if len(line) > 1:
         panel.plot(*zip(*line, strict=True), color=COLOURS["dynamic"], lw=1, alpha=0.6)
     for row in rows:
         panel.errorbar(
-            row[field] * 1e3,
-            row["fd"],
-            yerr=row["fd_std"],
+            cost.of(row),
+            quality.of(row),
+            yerr=None if quality.error is None else row[quality.error],
             fmt=_marker(row["arm"]),
             color=_colour(row["arm"]),
             capsize=3,
             ms=6,
         )
-    panel.set_ylabel("Fréchet distance (lower is better)")
+    panel.set_xlabel(cost.label)
+    panel.set_ylabel(quality.label)
     panel.set_yscale("log")
     for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
         axis(StrMethodFormatter("{x:g}"))
@@ -111,12 +165,12 @@ def _draw(panel: Any, rows: Sequence[Mapping[str, Any]], field: str) -> None:
     panel.grid(alpha=0.25, which="both")
 
 
-def _name(panel: Any, rows: Sequence[Mapping[str, Any]], field: str) -> None:
+def _name(panel: Any, rows: Sequence[Mapping[str, Any]], plot: Plot) -> None:
     """Write names beside the points: of what shares a cost with the dynamic rows and is no baseline, on the left."""
     to_points = 72 / panel.figure.dpi
     placed = []
     for row in rows:
-        x, y = panel.transData.transform((row[field] * 1e3, row["fd"]))
+        x, y = panel.transData.transform((plot.cost.of(row), plot.quality.of(row)))
         column = round(panel.transAxes.inverted().transform((x, y))[0] / COLUMN)
         placed.append((row, (column, _colour(row["arm"]) == OTHER_COLOUR), y * to_points))
     for side in {side for _, side, _ in placed}:
@@ -125,7 +179,7 @@ def _name(panel: Any, rows: Sequence[Mapping[str, Any]], field: str) -> None:
             left = side[1]
             panel.annotate(
                 _label(row),
-                (row[field] * 1e3, row["fd"]),
+                (plot.cost.of(row), plot.quality.of(row)),
                 xytext=(-7 if left else 7, moved - height),
                 textcoords="offset points",
                 ha="right" if left else "left",

@@ -158,14 +158,10 @@ def _table(outcome: Mapping[str, Any], titles: Mapping[str, str]) -> list[str]:
         lines.append(f"| as it is | {NOT_MEASURED} |" + " |" * 6)
     else:
         lines.append(_line("as it is", own, is_own=True))
-    lines += [
-        f"| {each['title']} | {NOT_MEASURED} |" + " |" * 6
-        if each["state"] == NOT_MEASURED
-        else _line(each["title"], each)
-        for each in outcome["tried"]
-    ]
-    lines += [f"| {name} | {NOT_MEASURED} (needs a GPU) |" + " |" * 6 for name in outcome["not_tried"]]
-    return [*lines, "", _conclusion(outcome, against), ""]
+    lines += [_line(each["title"], each) for each in outcome["tried"] if each["state"] != NOT_MEASURED]
+    left = [each["title"] for each in outcome["tried"] if each["state"] == NOT_MEASURED]
+    left += [f"{name}, which needs a GPU" for name in outcome["not_tried"]]
+    return [*lines, "", _conclusion(outcome, against), "", f"Not measured: {'; '.join(left)}.", ""]
 
 
 def _spread(results: Mapping[str, Any]) -> Spread | None:

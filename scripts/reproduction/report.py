@@ -11,7 +11,7 @@ from typing import Any
 from dydit_cli.artifacts import atomic_write, write_json
 from dydit_cli.checkpoints.builtin import PREFIX
 from scripts.reproduction.cells import FAMILIES, PRUNED, VALIDATED
-from scripts.reproduction.pictures import plot
+from scripts.reproduction.pictures import PLOTS, draw
 from scripts.reproduction.remedy_report import remedy_lines
 from scripts.reproduction.verdicts import (
     Planned,
@@ -156,6 +156,7 @@ def _row(key: RowKey, row: Row | None, cells: Sequence[Mapping[str, Any]]) -> di
         "fd_std_of": row.fd_std_of,
         "fds": list(row.distances),
         "seeds": list(row.seeds),
+        "held_out_loss": _mean_loss(cells),
         "ratio": row.ratio,
         "trajectory_ratio": row.trajectory_ratio,
         "time_ratio": row.time_ratio,
@@ -167,19 +168,19 @@ def _row(key: RowKey, row: Row | None, cells: Sequence[Mapping[str, Any]]) -> di
     }
 
 
+def _mean_loss(cells: Sequence[Mapping[str, Any]]) -> float | None:
+    """Over seeds; None of the base, which no run has measured."""
+    losses = [cell["held_out_loss"] for cell in cells]
+    return None if None in losses else sum(losses) / len(losses)
+
+
 def write_report(results: Mapping[str, Any], folder: Path, *, quick: bool) -> list[Path]:
     """Write ``results.json``, ``results.md`` and the plots; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     images = folder / "images"
     images.mkdir(exist_ok=True)
     write_json(folder / "results.json", results)
-    plots = []
-    for name, field, label in (
-        ("results_macs.png", "gmacs", "MMACs a forward, as executed while sampling"),
-        ("results_time.png", "seconds_per_image", "ms an image, measured side by side"),
-    ):
-        if plot(results, images / name, field, label):
-            plots.append(name)
+    plots = [plot.file for plot in PLOTS if draw(results, plot, images)]
     text = page(results, plots, quick=quick)
     with atomic_write(folder / "results.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -241,9 +242,10 @@ def page(results: Mapping[str, Any], plots: Sequence[str], *, quick: bool) -> st
         parts += ["## Quality against cost", ""]
         parts += [f"![{name.removesuffix('.png').replace('_', ' ')}](images/{name})\n" for name in plots]
         parts += [
-            "Error bars: one standard deviation, over seeds where there are several, else of sampling alone.",
+            "Error bars of distances: one standard deviation, over seeds where there are several, else of sampling alone.",
             "",
         ]
+    parts += _by_loss(results["rows"])
     parts += remedy_lines(results.get("remedies", []), TITLES)
     parts += _chosen(results)
     parts += _code(around.get("codes", {}))
@@ -260,6 +262,7 @@ def _table(results: Mapping[str, Any], family: str) -> list[str]:
         "λ",
         "Fréchet ↓",
         "seeds",
+        "held-out loss ↓",
         "MMACs ↓",
         "ratio held out",
         "on trajectories",
@@ -281,6 +284,7 @@ def _table(results: Mapping[str, Any], family: str) -> list[str]:
             lam,
             f"{row['fd']:.3f} ± {row['fd_std']:.3f}",
             _seeds(row),
+            _number(row["held_out_loss"], ".5f"),
             f"{row['gmacs'] * 1e3:.2f}",
             _number(row["ratio"], ".4f"),
             _number(row["trajectory_ratio"], ".4f"),
@@ -296,11 +300,41 @@ def _table(results: Mapping[str, Any], family: str) -> list[str]:
         lines.append(f"| {' | '.join(values)} |")
     lines += [
         "",
-        "What is blank was not measured. MMACs: of a forward, as executed while sampling, routers included. Times: "
+        "What is blank was not measured. Held-out loss: of denoising at all timesteps alike, mean over seeds. MMACs: of a forward, as "
+        "executed while sampling, routers included. Times: "
         f"{_timed(rows)}. KID, precision and recall: to 10,000 of the training images.",
         "",
     ]
     return lines
+
+
+def _by_loss(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The same comparison by what training minimises, which the Fréchet distance does not follow."""
+    losses = {
+        (row["family"], row["lambda"], row["arm"]): row["held_out_loss"]
+        for row in rows
+        if not row["variant"] and row.get("held_out_loss") is not None
+    }
+    found = []
+    for family in FAMILIES:
+        control = losses.get((family, 1.0, "static-control"))
+        for ratio in sorted({ratio for other, ratio, _ in losses if other == family}, reverse=True):
+            dynamic = losses.get((family, ratio, "dynamic"))
+            pruned = [(losses[key], TITLES[arm]) for arm in PRUNED if (key := (family, ratio, arm)) in losses]
+            if control is None or dynamic is None or not pruned:
+                continue
+            best, title = min(pruned)
+            found.append(
+                f"- {FAMILIES[family]}, λ {ratio:g}: dynamic {dynamic / control - 1:+.1%}, {title} {best / control - 1:+.1%}"
+            )
+    if not found:
+        return []
+    return [
+        "By what training minimises, the held-out loss, over the control's (the best pruning by that loss):",
+        "",
+        *found,
+        "",
+    ]
 
 
 def _number(value: float | None, form: str, scale: float = 1) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from scripts import readme_table
+from scripts.reproduction.pictures import PLOTS
 from scripts.reproduction.report import page, read_results
 
 
@@ -12,7 +13,7 @@ def test_the_published_page_and_table_are_made_of_the_published_results(reposito
     docs = repository / "docs"
     results = read_results(docs / "results.json")
     text = (docs / "results.md").read_text(encoding="utf-8")
-    plots = [name for name in ("results_macs.png", "results_time.png") if f"images/{name}" in text]
+    plots = [plot.file for plot in PLOTS if f"images/{plot.file}" in text]
     assert plots
     assert all((docs / "images" / name).exists() for name in plots)
     assert page(results, plots, quick=False) == text

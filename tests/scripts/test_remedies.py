@@ -167,8 +167,8 @@ def test_the_table_says_what_was_tried_and_what_was_not() -> None:
     text = "\n".join(remedy_lines([outcome], {"static-control": "static control"}))
     assert "| as it is | 2.000 |  | 1.333 | 0.03900 | 0.5000 | 42.00 | 1,500 |" in text
     assert "| gating annealed | 1.900 | -0.100 (-5.0%) | 1.267 |" in text
-    assert "| twice the steps | not measured |" in text
-    assert "12 blocks of 384 channels) | not measured (needs a GPU) |" in text
+    assert "Not measured: twice the steps; four times the steps; " in text
+    assert "12 blocks of 384 channels), which needs a GPU." in text
     assert "differences below 6.3% may be chance" in text
     assert "Least distance of those at the row's MACs: gating annealed. More may be tried" in text
     (won,) = remedied_cells(H1, ANNEALED)

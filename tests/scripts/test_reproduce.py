@@ -53,6 +53,7 @@ def result(
         "learning_rate": 3e-4,
         "fd": fd,
         "fd_sampling_std": 0.02,
+        "held_out_loss": 0.04 - 0.01 * ratio,
         "metrics": {
             name: {"value": 0.5} for name in ("spatial_frechet", "kernel", "precision", "recall", "accuracy")
         },
@@ -272,8 +273,10 @@ def test_a_row_of_one_seed_is_given_the_spread_of_the_others() -> None:
 def test_the_report_is_made_of_the_results_alone(tmp_path: Path) -> None:
     cells = [result("dynamic", 0.5, fd, seed) for seed, fd in enumerate((1.0, 1.1, 1.05))]
     cells += [result("static-control", 1.0, 0.98), result("sit-base", 1.0, 2.0, family="sit")]
+    cells += [result("pruned-taylor", 0.5, 1.2, held_out_loss=0.036)]
     expected = {
         ("dit", "dynamic", 0.5, ""): 3,
+        ("dit", "pruned-taylor", 0.5, ""): 3,
         ("dit", "td-lora", 0.5, ""): 1,
         ("dit", "static-control", 1.0, ""): 3,
     }
@@ -298,6 +301,7 @@ def test_the_report_is_made_of_the_results_alone(tmp_path: Path) -> None:
         "results.md",
         "results_macs.png",
         "results_time.png",
+        "results_loss.png",
     ]
     read = read_results(tmp_path / "results.json")
     assert list(read["headline"]) == [
@@ -318,7 +322,8 @@ def test_the_report_is_made_of_the_results_alone(tmp_path: Path) -> None:
         list(row) == ["fd", "fd_std", "gmacs", "seconds_per_image"] for row in read["headline"].values()
     )
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
-    assert "| dynamic | 0.5 | 1.050 ± 0.050 | 3 | 41.64 |" in text
+    assert "| dynamic | 0.5 | 1.050 ± 0.050 | 3 | 0.03500 | 41.64 |" in text
+    assert "- DiT, λ 0.5: dynamic +16.7%, pruned by Taylor +20.0%" in text
     assert "| static control |  | 0.980 ± 0.020 | 1 of 3 |" in text
     assert text.index("| static control |") < text.index("| dynamic | 0.5") < text.index("| dynamic, TD-LoRA")
     assert "DiT: every row starts from `builtin:dit_fmnist`, which was not trained until" in text
