@@ -96,6 +96,13 @@ REMEDIES = (
         families=("dit",),
     ),
     Remedy(
+        "min-snr-1",
+        "noise levels weighted, γ = 1",
+        _always("finetune.snr_gamma=1"),
+        shared=True,
+        families=("dit",),
+    ),
+    Remedy(
         "min-snr-0.1",
         "noise levels weighted, γ = 0.1",
         _always("finetune.snr_gamma=0.1"),
