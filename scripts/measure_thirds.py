@@ -104,11 +104,11 @@ def distance(samples: np.ndarray, folder: Path) -> str:
 
 
 def opened(folder: Path) -> DynamicTransformer:
-    """A model; one without routers runs as static."""
+    """A model in compact execution, which is static where its routers keep everything, as those of a control and of pruned models do."""
     model = load_model(folder, convention="native")
     if not isinstance(model, DynamicTransformer):
         raise SystemExit(f"{folder} is no DiT or SiT")
-    return model.set_execution("static" if model.config["always_on"] else "compact")
+    return model
 
 
 def table(options: argparse.Namespace) -> str:
