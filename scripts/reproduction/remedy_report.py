@@ -49,7 +49,7 @@ def outcome_of(
         "arm": subject.arm,
         "lambda": subject.ratio,
         "against": {"arm": subject.against[0], "lambda": subject.against[1]},
-        "as_it_is": None if own is None else _measured(own, own, found.get(partner(subject))),
+        "as_it_is": None if own is None else _measured(own, own, _rival(subject, None, found)),
         # Two cells of one seed each differ by chance, in 95 of 100 cases, by less than this share.
         "noise": None if spread is None else student(spread.freedom) * math.sqrt(2) * spread.relative,
         "tried": [_tried(subject, remedy, found, own) for remedy in remedies_for(subject)],
@@ -73,8 +73,20 @@ def _tried(
     return {
         **named,
         "state": "measured",
-        **_measured(result, own, found.get(partner(subject, remedy))),
+        **_measured(result, own, _rival(subject, remedy, found)),
     }
+
+
+def _rival(
+    subject: Subject, remedy: Remedy | None, found: Mapping[Cell, Mapping[str, Any]]
+) -> Mapping[str, Any] | None:
+    """What the row is compared with: where that was to be treated alike, with or without, whichever is better for it."""
+    cells = {partner(subject), partner(subject, remedy)}
+    return min((found[cell] for cell in cells), key=_distance) if cells <= found.keys() else None
+
+
+def _distance(result: Mapping[str, Any]) -> float:
+    return float(result["fd"])
 
 
 def _measured(
@@ -104,12 +116,12 @@ def _on_test(subject: Subject, settled: str | None, results: Mapping[str, Any]) 
             rows.setdefault((cell["family"], cell["arm"], cell["lambda"], cell["variant"]), []).append(cell)
     table = table_of(rows)
     row = table.get(remedied_cells(subject, remedy)[0].row)
-    against = table.get(
-        (subject.family, *subject.against, f"{REMEDIED}-{remedy.name}" if remedy.shared else "")
-    )
-    if row is None or against is None:
+    variants = ("", f"{REMEDIED}-{remedy.name}") if remedy.shared else ("",)
+    rivals = [table.get((subject.family, *subject.against, variant)) for variant in variants]
+    measured = [rival for rival in rivals if rival is not None]
+    if row is None or len(measured) < len(rivals):
         return {"state": NOT_MEASURED}
-    ratio = compare(row, against, _spread(results))
+    ratio = compare(row, min(measured, key=lambda rival: rival.fd), _spread(results))
     if ratio is None:
         return {"state": NOT_MEASURED}
     before = table.get(subject.row)
@@ -135,8 +147,8 @@ def remedy_lines(outcomes: Sequence[Mapping[str, Any]], titles: Mapping[str, str
         "",
         "Each remedy is the row with one thing changed, a cell of its own with seed 100, measured on the **validation** split: its "
         "distances compare with each other, not with those above. What any arm would profit from (more steps, another learning rate, "
-        "other weights of noise levels) is given to what the row is compared with as well. The held-out loss is that of denoising, for "
-        "all of them.",
+        "other weights of noise levels) is given to what the row is compared with as well, which counts with or without it, whichever is "
+        "better for it. The held-out loss is that of denoising, for all of them.",
         "",
     ]
     for outcome in outcomes:

@@ -171,6 +171,16 @@ def test_the_table_says_what_was_tried_and_what_was_not() -> None:
     assert "12 blocks of 384 channels), which needs a GPU." in text
     assert "differences below 6.3% may be chance" in text
     assert "Least distance of those at the row's MACs: gating annealed. More may be tried" in text
+    shared = {
+        validation_cell(H1, WEIGHTED): measured(validation_cell(H1, WEIGHTED), 1.8),
+        partner(H1, WEIGHTED): measured(partner(H1, WEIGHTED), 1.6),
+    }
+    # The control is better without it.
+    text = "\n".join(remedy_lines([outcome_of(H1, found | shared, results, OPEN)], {}))
+    assert "| noise levels weighted, γ = 5 | 1.800 | -0.200 (-10.0%) | 1.200 |" in text
+    del shared[partner(H1, WEIGHTED)]
+    text = "\n".join(remedy_lines([outcome_of(H1, found | shared, results, OPEN)], {}))
+    assert "| noise levels weighted, γ = 5 | 1.800 | -0.200 (-10.0%) |  |" in text
     (won,) = remedied_cells(H1, ANNEALED)
     control = Cell("dit", "static-control", 1.0, 0)
     results["cells"] = [
