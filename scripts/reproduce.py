@@ -9,6 +9,8 @@
     python scripts/reproduce.py --data F --group remedy         what is tried where they are missed or undecided
     python scripts/reproduce.py --data F --group remedy --settle  the remedy that won for each row, against the test reference
     python scripts/reproduce.py --data F --publish              writes docs/results.md and docs/results.json out of what has run
+    python scripts/reproduce.py --data F --restore              takes what is published as run: on another machine, go on from there
+    python scripts/reproduce.py --data F --models               trains restored cells once more, so that they can be timed
 
 Every cell runs by the project's own commands (`dydit convert`, `finetune`, `evaluate`) and is kept under a hash of everything that its
 result depends on: what has run is not run again, what was stopped goes on. The report is written anew after every cell.
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -45,7 +48,6 @@ from dydit_cli.data.idx import read_idx
 from dydit_cli.data.opening import PACKAGED
 from scripts.reproduction.book import TIMING, Book
 from scripts.reproduction.cells import (
-    BASE,
     CONTROL,
     FULL,
     QUICK,
@@ -57,7 +59,8 @@ from scripts.reproduction.cells import (
 )
 from scripts.reproduction.claims import Claims
 from scripts.reproduction.remedies import HYPOTHESES
-from scripts.reproduction.report import write_report
+from scripts.reproduction.report import read_results, write_report
+from scripts.reproduction.restoring import restore
 from scripts.reproduction.running import REPOSITORY, Missing, Planned, Runner, hashes
 from scripts.reproduction.timing import Subject, time_beside
 from scripts.reproduction.working import POLL_SECONDS, Worker, done, minutes, price_of
@@ -104,8 +107,15 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     timing = parser.add_mutually_exclusive_group()
     timing.add_argument("--no-timing", action="store_true", help="measure no time an image")
     timing.add_argument("--timing", action="store_true", help="measure times an image, and run nothing else")
-    parser.add_argument(
+    ending = parser.add_mutually_exclusive_group()
+    ending.add_argument(
         "--publish", action="store_true", help="write docs/results.* out of what has run, and end"
+    )
+    ending.add_argument(
+        "--restore", action="store_true", help="take the cells of docs/results.json as run, and end"
+    )
+    ending.add_argument(
+        "--models", action="store_true", help="train restored cells that are asked for once more, and end"
     )
     return parser.parse_args(arguments)
 
@@ -166,6 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     validation = None if options.quick else validation_archive(data, out)
     chooses = not (options.quick or options.recipe_rates)
     runner = Runner(out, around, cells, validation, _say, chooses=chooses)
+    if options.restore:
+        return _restore(out)
     book = Book(runner, cells, options)
     if options.settle:
         book.settle(_say)
@@ -178,6 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         return _publish(book)
     claims, failed = Claims(out / "claims"), False
+    if options.models:
+        return _train_again(runner, claims, book.wanted())
     if not options.timing:
         after = partial(_report, book, out, options.quick)
         failed = Worker(runner, claims, book.wanted, _say, after).work()
@@ -189,6 +203,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _say(text: str) -> None:
     print(text, flush=True)
+
+
+def _restore(out: Path) -> int:
+    """Take what is published as run."""
+    written, held = restore(read_results(REPOSITORY / "docs" / "results.json"), out)
+    _say(f"  {len(written)} cells of docs/results.json are taken as run, {len(held)} were there already")
+    return 0
+
+
+def _train_again(runner: Runner, claims: Claims, wanted: Sequence[Cell]) -> int:
+    """Make the models of restored cells that would be timed; the exit code is 1 if one failed."""
+    failed = 0
+    for cell in wanted:
+        planned = done(runner, cell)
+        if planned is None or not _is_timed(planned) or planned.has_model:
+            continue
+        with claims.taken(planned.folder.name) as claim:
+            if claim is None or planned.has_model:
+                continue
+            _say(f"{cell.name}: trained once more")
+            try:
+                loss = runner.train(planned, claim.includes)
+            except subprocess.CalledProcessError as error:
+                failed = 1
+                _say(f"  failed with exit code {error.returncode}; the same command goes on where it stopped")
+                continue
+            published = (planned.result or {}).get("held_out_loss")
+            if loss is not None and published is not None:
+                _say(f"  {cell.name}: held-out loss {loss:.7f}, of the restored result {published:.7f}")
+    return failed
 
 
 def _time(runner: Runner, claims: Claims, wanted: Sequence[Cell], *, quick: bool) -> None:
@@ -230,12 +274,21 @@ def _others(claims: Claims) -> list[str]:
 
 def _pending(runner: Runner, cell: Cell) -> tuple[Planned, Planned] | None:
     """A cell that is to be timed, and the control beside it; None if it is not, or was."""
-    if cell.group not in TIMED_GROUPS or cell.seed != 0:
-        return None
     planned, control = done(runner, cell), done(runner, _control(cell))
-    if planned is None or control is None or (planned.folder / TIMING).exists():
+    if planned is None or control is None or not _is_timed(planned) or (planned.folder / TIMING).exists():
+        return None
+    if without := [each.cell.name for each in (planned, control) if not each.has_model]:
+        names = " and ".join(without)
+        _say(
+            f"{cell.name} is not timed: no model of {names} is here, as after --restore (--models trains it)"
+        )
         return None
     return planned, control
+
+
+def _is_timed(planned: Planned) -> bool:
+    """Whether a cell is one of those that are timed: the first seed of a row."""
+    return planned.cell.group in TIMED_GROUPS and planned.cell.seed == 0
 
 
 def _control(cell: Cell) -> Cell:
@@ -244,8 +297,7 @@ def _control(cell: Cell) -> Cell:
 
 
 def _subject(planned: Planned) -> Subject:
-    folder = planned.folder / ("converted" if planned.cell.arm == BASE else "trained")
-    return Subject(folder, ("static", "compact") if planned.cell.is_static else ("compact",))
+    return Subject(planned.model, ("static", "compact") if planned.cell.is_static else ("compact",))
 
 
 def _list(runner: Runner, book: Book) -> None:

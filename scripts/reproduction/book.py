@@ -87,12 +87,14 @@ class Book:
     def remedied(self) -> list[Cell]:
         """Remedies that won on the validation split and were settled, against the test reference."""
         by_name = {remedy.name: remedy for remedy in REMEDIES}
-        return [
+        found = [
             cell
             for subject in SUBJECTS
-            if (name := self.settled().get(_row_name(subject))) is not None
+            if (name := self.settled().get(row_name(subject))) is not None
             for cell in remedied_cells(subject, by_name[name])
         ]
+        # Rows that settled on the same remedy share the control that has it.
+        return list(dict.fromkeys(found))
 
     def settled(self) -> dict[str, str | None]:
         """By row, the remedy that was chosen for the test reference; nothing of rows that may still be given others."""
@@ -104,7 +106,7 @@ class Book:
         found, held = self._of_remedies(), self.settled()
         for subject in SUBJECTS:
             tried = [remedy for remedy in remedies_for(subject) if validation_cell(subject, remedy) in found]
-            name = _row_name(subject)
+            name = row_name(subject)
             if name in held or not tried:
                 continue
             if len(tried) < LEAST_REMEDIES:
@@ -183,7 +185,7 @@ class Book:
         found, settled = self._of_remedies(), self.settled()
         called = self.called_for()
         results["remedies"] = [
-            outcome_of(subject, found, results, settled.get(_row_name(subject), OPEN))
+            outcome_of(subject, found, results, settled.get(row_name(subject), OPEN))
             for subject in SUBJECTS
             if subject in called or any(cell in found for cell in cells_for(subject)[2:])
         ]
@@ -205,7 +207,8 @@ def _versions(found: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {found[name]}" for name in ("torch", "diffusers") if name in found)
 
 
-def _row_name(subject: Subject) -> str:
+def row_name(subject: Subject) -> str:
+    """What a row is called in the file of remedies that were settled."""
     return f"{subject.family}-{subject.arm}-{subject.ratio:g}"
 
 

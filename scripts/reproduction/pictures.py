@@ -9,6 +9,7 @@ from typing import Any
 
 from dydit_cli.artifacts import atomic_write
 from scripts.reproduction.cells import FAMILIES
+from scripts.reproduction.remedies import REMEDIED, variant_title
 
 COLOURS = {"dynamic": "#1f6f8b", "static-control": "#222222", "base": "#888888"}
 PRUNED_COLOUR, OTHER_COLOUR = "#c05621", "#6b8e23"
@@ -152,6 +153,8 @@ def _draw(panel: Any, rows: Sequence[Mapping[str, Any]], plot: Plot) -> None:
             yerr=None if quality.error is None else row[quality.error],
             fmt=_marker(row["arm"]),
             color=_colour(row["arm"]),
+            # Hollow: changed after the row had missed.
+            markerfacecolor="white" if row["variant"].startswith(REMEDIED) else None,
             capsize=3,
             ms=6,
         )
@@ -200,4 +203,4 @@ def _marker(arm: str) -> str:
 def _label(row: Mapping[str, Any]) -> str:
     name = NAMES.get(row["arm"], row["arm"])
     ratio = "" if row["arm"] in ("static-control", "base") else f" {row['lambda']:g}"
-    return f"{name}{ratio}" + (f" {row['variant']}" if row["variant"] else "")
+    return f"{name}{ratio}" + (f", {variant_title(row['variant'], short=True)}" if row["variant"] else "")

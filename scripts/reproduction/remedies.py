@@ -22,7 +22,10 @@ REMEDIED = "remedied"
 CAPACITY = "a base of more capacity (12 blocks of 384 channels)"
 """The remedy that is no cell here, because it needs a GPU."""
 
-WEIGHT_RATES: Mapping[str, float] = {DYNAMIC: 3e-4, CONTROL: 3e-4, "td-lora": 1e-3}
+PRUNED_TWIN = "pruned-taylor"
+"""The pruning that a remedy is given to as well where any arm would profit from it: the best of the three in every row of the core."""
+
+WEIGHT_RATES: Mapping[str, float] = {DYNAMIC: 3e-4, CONTROL: 3e-4, PRUNED_TWIN: 3e-4, "td-lora": 1e-3}
 """The learning rates of the recipes, of what is not a router."""
 ROUTER_RATES: Mapping[Family, float] = {"dit": 1e-3, "sit": 2e-2}
 """The routers' learning rates of the recipes."""
@@ -45,6 +48,7 @@ class Remedy:
         longer: How many times as many steps.
         shared: Whether what the row is compared with is treated alike.
         families: Those that have such a thing.
+        short: For pictures, where the title is too long for them.
     """
 
     name: str
@@ -53,6 +57,7 @@ class Remedy:
     longer: int = 1
     shared: bool = False
     families: tuple[Family, ...] = ("dit", "sit")
+    short: str = ""
 
 
 def _rate(factor: float) -> Changes:
@@ -94,6 +99,7 @@ REMEDIES = (
         _always("finetune.snr_gamma=5"),
         shared=True,
         families=("dit",),
+        short="γ = 5",
     ),
     Remedy(
         "min-snr-1",
@@ -101,6 +107,7 @@ REMEDIES = (
         _always("finetune.snr_gamma=1"),
         shared=True,
         families=("dit",),
+        short="γ = 1",
     ),
     Remedy(
         "min-snr-0.1",
@@ -108,6 +115,7 @@ REMEDIES = (
         _always("finetune.snr_gamma=0.1"),
         shared=True,
         families=("dit",),
+        short="γ = 0.1",
     ),
 )
 """In the order of the protocol."""
@@ -142,6 +150,19 @@ SUBJECTS = (
     Subject("sit", DYNAMIC, 0.5, (CONTROL, 1.0), ("sit-H1", "sit-H2")),
 )
 HYPOTHESES = tuple(name for subject in SUBJECTS for name in subject.hypotheses)
+
+
+def variant_title(variant: str, *, short: bool = False) -> str:
+    """A variant of a row as tables name it: that of a remedy by the remedy's title.
+
+    Args:
+        variant: Of a cell or a row.
+        short: As pictures name it.
+    """
+    titles = {
+        f"{REMEDIED}-{remedy.name}": (remedy.short if short else "") or remedy.title for remedy in REMEDIES
+    }
+    return titles.get(variant, variant)
 
 
 def cells_for(subject: Subject) -> list[Cell]:
@@ -241,8 +262,10 @@ def winner(subject: Subject, found: Mapping[Cell, Mapping[str, Any]]) -> Remedy 
 
 
 def remedied_cells(subject: Subject, remedy: Remedy) -> list[Cell]:
-    """A remedy that won, against the test reference with the first seed; one that is shared beside its twin."""
+    """A remedy that won, against the test reference with the first seed; one that is shared beside its twins."""
     chosen = [validation_cell(subject, remedy)]
     if remedy.shared:
         chosen.append(partner(subject, remedy))
+        if subject.arm == DYNAMIC:
+            chosen.append(_cell(subject.family, PRUNED_TWIN, subject.ratio, remedy))
     return [replace(cell, seed=0, group="remedied", variant=f"{REMEDIED}-{cell.variant}") for cell in chosen]

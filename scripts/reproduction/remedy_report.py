@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from scripts.reproduction.cells import FAMILIES, Cell
+from scripts.reproduction.cells import DYNAMIC, FAMILIES, PRUNED, Cell
 from scripts.reproduction.remedies import (
     CAPACITY,
+    PRUNED_TWIN,
     REMEDIED,
     REMEDIES,
     Remedy,
@@ -19,7 +20,7 @@ from scripts.reproduction.remedies import (
     validation_cell,
     winner,
 )
-from scripts.reproduction.verdicts import Spread, compare, student, table_of
+from scripts.reproduction.verdicts import Row, RowKey, Spread, compare, student, table_of
 
 OPEN = "open"
 """State of a row for which more remedies may be tried."""
@@ -130,6 +131,33 @@ def _on_test(subject: Subject, settled: str | None, results: Mapping[str, Any]) 
         "fd": row.fd,
         "fd_of_the_row": None if before is None else before.fd,
         "over_partner": (ratio.ratio, ratio.low, ratio.high),
+        "pruned_over_it": _pruned_over(subject, remedy, table, _spread(results)),
+    }
+
+
+def _pruned_over(
+    subject: Subject, remedy: Remedy, table: Mapping[RowKey, Row], spread: Spread | None
+) -> dict[str, Any] | None:
+    """The best static pruning at a dynamic row's MACs over the remedied row, as H2 compares them; with a shared remedy or without."""
+    row, *twins = (table.get(cell.row) for cell in remedied_cells(subject, remedy))
+    rows = {arm: table.get((subject.family, arm, subject.ratio, "")) for arm in PRUNED}
+    if subject.arm != DYNAMIC or row is None or None in twins:
+        return None
+    pruned = {(arm, False): found for arm, found in rows.items() if found is not None}
+    if remedy.shared:
+        treated = table.get((subject.family, PRUNED_TWIN, subject.ratio, f"{REMEDIED}-{remedy.name}"))
+        pruned |= {(PRUNED_TWIN, True): treated} if treated is not None else {}
+    if not pruned:
+        return None
+    best = min(pruned, key=lambda each: pruned[each].fd)
+    ratio = compare(pruned[best], row, spread)
+    if ratio is None:
+        return None
+    return {
+        "arm": best[0],
+        "treated": best[1],
+        "fd": pruned[best].fd,
+        "ratio": (ratio.ratio, ratio.low, ratio.high),
     }
 
 
@@ -173,7 +201,7 @@ def _table(outcome: Mapping[str, Any], titles: Mapping[str, str]) -> list[str]:
     lines += [_line(each["title"], each) for each in outcome["tried"] if each["state"] != NOT_MEASURED]
     left = [each["title"] for each in outcome["tried"] if each["state"] == NOT_MEASURED]
     left += [f"{name}, which needs a GPU" for name in outcome["not_tried"]]
-    return [*lines, "", _conclusion(outcome, against), "", f"Not measured: {'; '.join(left)}.", ""]
+    return [*lines, "", _conclusion(outcome, titles), "", f"Not measured: {'; '.join(left)}.", ""]
 
 
 def _spread(results: Mapping[str, Any]) -> Spread | None:
@@ -189,7 +217,8 @@ def _line(title: str, found: Mapping[str, Any], *, is_own: bool = False) -> str:
     return f"| {title} | {' | '.join(values)} |"
 
 
-def _conclusion(outcome: Mapping[str, Any], against: str) -> str:
+def _conclusion(outcome: Mapping[str, Any], titles: Mapping[str, str]) -> str:
+    against = titles.get(outcome["against"]["arm"], outcome["against"]["arm"])
     parts = []
     if outcome["noise"] is not None:
         parts.append(
@@ -213,6 +242,13 @@ def _conclusion(outcome: Mapping[str, Any], against: str) -> str:
             f"Against the test reference, once: {title[outcome['settled']]} has {test['fd']:.3f}{before}, {ratio:.3f} of {against} "
             f"(95 %: {low:.3f} to {high:.3f}; one seed, given the spread of the others)."
         )
+        if (pruned := test["pruned_over_it"]) is not None:
+            ratio, low, high = pruned["ratio"]
+            treated = "treated alike, " if pruned["treated"] else ""
+            parts.append(
+                f"The best static pruning at the same MACs ({titles.get(pruned['arm'], pruned['arm'])}, {treated}{pruned['fd']:.3f}) has "
+                f"{ratio:.3f} times its distance ({low:.3f} to {high:.3f})."
+            )
     elif test is not None:
         parts.append(f"{title[outcome['settled']]} has not been measured against the test reference yet.")
     return " ".join(parts)

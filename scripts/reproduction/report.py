@@ -12,6 +12,7 @@ from dydit_cli.artifacts import atomic_write, write_json
 from dydit_cli.checkpoints.builtin import PREFIX
 from scripts.reproduction.cells import FAMILIES, PRUNED, VALIDATED
 from scripts.reproduction.pictures import PLOTS, draw
+from scripts.reproduction.remedies import variant_title
 from scripts.reproduction.remedy_report import remedy_lines
 from scripts.reproduction.verdicts import (
     Planned,
@@ -242,7 +243,8 @@ def page(results: Mapping[str, Any], plots: Sequence[str], *, quick: bool) -> st
         parts += ["## Quality against cost", ""]
         parts += [f"![{name.removesuffix('.png').replace('_', ' ')}](images/{name})\n" for name in plots]
         parts += [
-            "Error bars of distances: one standard deviation, over seeds where there are several, else of sampling alone.",
+            "Error bars of distances: one standard deviation, over seeds where there are several, else of sampling alone. "
+            "Hollow: rows with a remedy that was chosen on the validation split.",
             "",
         ]
     parts += _by_loss(results["rows"])
@@ -273,7 +275,9 @@ def _table(results: Mapping[str, Any], family: str) -> list[str]:
     lines = [f"## {FAMILIES[family]}", "", f"| {' | '.join(heading)} |"]
     lines.append("| --- |" + " ---: |" * (len(heading) - 1))
     for row in rows:
-        title = TITLES.get(row["arm"], row["arm"]) + (f" ({row['variant']})" if row["variant"] else "")
+        title = TITLES.get(row["arm"], row["arm"]) + (
+            f" ({variant_title(row['variant'])})" if row["variant"] else ""
+        )
         lam = "" if row["arm"] in ("base", "static-control") else f"{row['lambda']:g}"
         if row["state"] == NOT_MEASURED:
             lines.append(f"| {title} | {lam} | {NOT_MEASURED} |" + " |" * (len(heading) - 3))

@@ -87,17 +87,34 @@ class Planned:
         return [word.removeprefix(own) for word in self.changed if word.startswith(own)]
 
     def _folders(self, stage: str) -> list[str]:
-        trained = self.folder / ("converted" if self.cell.arm == BASE else "trained")
         return {
             "convert": [f"out={self.folder / 'converted'}"],
             "finetune": [f"model={self.folder / 'converted'}", f"out={self.folder / 'trained'}"],
-            "evaluate": [f"model={trained}", f"out={self.folder / 'evaluation'}"],
+            "evaluate": [f"model={self.model}", f"out={self.folder / 'evaluation'}"],
         }[stage]
+
+    @property
+    def model(self) -> Path:
+        """Folder of the model that is measured."""
+        return self.folder / ("converted" if self.cell.arm == BASE else "trained")
+
+    @property
+    def has_model(self) -> bool:
+        """Whether that model is there; a restored cell has a result alone, and one that was stopped a model that is not whole."""
+        file = self.model / "manifest.json"
+        return file.exists() and (
+            self.cell.arm == BASE or bool(_read(file).get("results", {}).get("completed"))
+        )
 
     @property
     def stages(self) -> tuple[str, ...]:
         """What has to run; the base is not trained further."""
         return tuple(stage for stage in STAGES if stage != "finetune" or self.cell.arm != BASE)
+
+
+def cell_folder(out: Path, name: str, key: str) -> Path:
+    """Where a cell of a name and key lies."""
+    return out / "cells" / f"{name}-{key[:10]}"
 
 
 class Runner:
@@ -167,7 +184,7 @@ class Runner:
         )
         named = [word for word in changed if not word.startswith(left_out)]
         key = key_of(cell, self.around, named, content, __version__)
-        return Planned(cell, changed, rate, key, self.out / "cells" / f"{cell.name}-{key[:10]}")
+        return Planned(cell, changed, rate, key, cell_folder(self.out, cell.name, key))
 
     def _recipe(self, cell: Cell, changed: Sequence[str]) -> Recipe:
         name = "static-control" if cell.arm == BASE else cell.arm
@@ -257,6 +274,21 @@ class Runner:
             self._learn_price(planned.cell, result)
         return result
 
+    def train(self, planned: Planned, on_process: Callable[[int], None] = lambda pid: None) -> float | None:
+        """Make the model of a cell once more, without measuring it: a restored result has none.
+
+        Returns:
+            The held-out loss, to be held against the one of the result; None of a base model, which is not trained.
+
+        Raises:
+            subprocess.CalledProcessError: If a command fails; what it left goes on next time.
+        """
+        for stage in planned.stages[:-1]:
+            self._stage(planned, stage, on_process)
+        shutil.rmtree(planned.folder / "trained" / "checkpoints", ignore_errors=True)
+        loss = _read(planned.model / "manifest.json").get("results", {}).get("held_out_loss")
+        return None if loss is None else float(loss)
+
     def _stage(self, planned: Planned, stage: str, on_process: Callable[[int], None]) -> None:
         words = planned.command(stage)
         made = {"convert": "converted", "finetune": "trained", "evaluate": "evaluation"}[stage]
@@ -264,8 +296,7 @@ class Runner:
         if (folder / "manifest.json").exists() and stage != "finetune":
             return
         if stage == "finetune" and folder.exists():
-            file = folder / "manifest.json"
-            if file.exists() and _read(file).get("results", {}).get("completed"):
+            if planned.has_model:
                 return
             # A run that ended before its first checkpoint starts again.
             words.append("--resume" if any((folder / "checkpoints").glob("*")) else "--overwrite")

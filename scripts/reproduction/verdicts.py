@@ -183,11 +183,11 @@ def compare(above: Row, below: Row, spread: Spread | None) -> Comparison | None:
 
 
 def best_pruning(table: Table, family: str, ratio: float) -> tuple[str, Row] | None:
-    """The pruning with the least distance: chosen after the fact, in favour of the baseline."""
+    """The pruning with the least distance: chosen after the fact, in favour of the baseline. Remedied ones are left out."""
     found = [
         (key[1], row)
         for key, row in table.items()
-        if key[0] == family and key[1].startswith("pruned-") and key[2] == ratio
+        if key[0] == family and _is_plain_pruning(key) and key[2] == ratio
     ]
     return min(found, key=lambda item: item[1].fd) if found else None
 
@@ -203,7 +203,7 @@ def verdicts(table: Table, family: str = "dit", planned: Planned | None = None) 
     planned = planned or {}
     control, half = (family, "static-control", 1.0, ""), (family, "dynamic", 0.5, "")
     pruned = best_pruning(table, family, 0.5)
-    prunings = [key for key in planned if key[0] == family and key[2] == 0.5 and key[1].startswith("pruned-")]
+    prunings = [key for key in planned if key[0] == family and key[2] == 0.5 and _is_plain_pruning(key)]
     best = (family, pruned[0], 0.5, "") if pruned else (family, "pruned", 0.5, "")
     claims = {
         "H1": _Claim("λ = 0.5 is within 10 % of the static control's Fréchet distance", half, control, 1.10),
@@ -281,6 +281,11 @@ def to_come(rows: Sequence[RowKey], table: Table, planned: Planned) -> list[str]
     return found
 
 
+def _is_plain_pruning(key: RowKey) -> bool:
+    """Whether a row is of a pruning that the protocol planned, not one that a remedy was given to."""
+    return key[1].startswith("pruned-") and not key[3]
+
+
 def _rest(missing: Sequence[str]) -> str:
     return f" so far; to come: {', '.join(missing)}" if missing else ""
 
@@ -296,7 +301,7 @@ def _equal_cost(table: Table, family: str, planned: Planned) -> Verdict:
     """Whether every pruned row costs what the dynamic one of its ratio costs."""
     statement = "static pruning and the dynamic model of a ratio execute the same MACs within 1 %"
     gaps = {
-        f"{arm} {ratio:g}": row.gmacs / dynamic.gmacs - 1
+        f"{arm} {ratio:g}{f', {variant}' if variant else ''}": row.gmacs / dynamic.gmacs - 1
         for (of, arm, ratio, variant), row in table.items()
         if of == family
         and arm.startswith("pruned-")
@@ -305,7 +310,7 @@ def _equal_cost(table: Table, family: str, planned: Planned) -> Verdict:
     if not gaps:
         return Verdict("equal cost", statement, "not measured", "not measured")
     worst = max(gaps, key=lambda name: abs(gaps[name]))
-    rows = [key for key in planned if key[0] == family and key[1].startswith("pruned-")]
+    rows = [key for key in planned if key[0] == family and _is_plain_pruning(key)]
     missing = to_come([*rows, *((family, "dynamic", key[2], "") for key in rows)], table, planned)
     outcome: Outcome = "held" if abs(gaps[worst]) <= MMACS_TOLERANCE else "missed"
     if outcome == "held" and missing:

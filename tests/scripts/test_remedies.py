@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from scripts.reproduction.book import Book, without_places
+from scripts.reproduction.book import SETTLED, Book, without_places
 from scripts.reproduction.cells import (
     CHOICE_SEED,
     FULL,
@@ -37,6 +37,7 @@ from scripts.reproduction.remedies import (
     remedies_for,
     subjects_named,
     validation_cell,
+    variant_title,
     winner,
 )
 from scripts.reproduction.remedy_report import OPEN, outcome_of, remedy_lines
@@ -152,9 +153,12 @@ def test_what_any_arm_would_profit_from_is_shared() -> None:
     assert rates == [(f"finetune.learning_rate={rate}",) for rate in ("0.000333", "0.0001", "0.0001")]
     assert partner(H1, WEIGHTED).changes == ("finetune.snr_gamma=5",)
     assert WEIGHTED not in remedies_for(SIT)
-    chosen, beside = remedied_cells(H1, TWICE)
+    chosen, beside, pruned = remedied_cells(H1, TWICE)
     assert (chosen.seed, chosen.group, chosen.longer) == (0, "remedied", 2)
     assert beside.row == ("dit", "static-control", 1.0, chosen.variant)
+    assert pruned.row == ("dit", "pruned-taylor", 0.5, chosen.variant)
+    assert len(remedied_cells(H4, TWICE)) == 2
+    assert remedied_cells(H3, THIRD)[2].changes == ("finetune.learning_rate=0.0001",)
     assert not chosen.is_validated
     assert chosen.row not in {cell.row for cell in all_cells()}
 
@@ -191,8 +195,29 @@ def test_the_table_says_what_was_tried_and_what_was_not() -> None:
     results["cells"] += [measured(own, 0.1)]
     text = "\n".join(remedy_lines([outcome_of(H1, found, results, "annealed")], {}))
     assert "gating annealed has 1.500 (the row: 1.800), 1.071 of static-control" in text
+    assert "best static pruning" not in text
+    pruned = {"pruned-random": 2.3, "pruned-magnitude": 2.1, "pruned-taylor": 2.2}
+    results["cells"] += [measured(Cell("dit", arm, 0.5, 0), fd) for arm, fd in pruned.items()]
+    text = "\n".join(remedy_lines([outcome_of(H1, found, results, "annealed")], {}))
+    assert "(pruned-magnitude, 2.100) has 1.400 times its distance (1." in text
+    # Weights of noise levels are given to the control and to a pruning as well; nothing is said before both have run.
+    treated = dict(zip(remedied_cells(H1, WEIGHTED), (1.4, 1.3, 2.0), strict=True))
+    results["cells"] += [measured(cell, fd) for cell, fd in list(treated.items())[:2]]
+    text = "\n".join(remedy_lines([outcome_of(H1, found | shared, results, "min-snr-5")], {}))
+    assert "γ = 5 has 1.400 (the row: 1.800), 1.077 of static-control" in text
+    assert "best static pruning" not in text
+    results["cells"] += [measured(*list(treated.items())[2])]
+    text = "\n".join(remedy_lines([outcome_of(H1, found | shared, results, "min-snr-5")], {}))
+    assert "(pruned-taylor, treated alike, 2.000) has 1.429 times its distance (1." in text
     nothing = outcome_of(H3, {}, results, OPEN)
     assert "No remedy has run yet." in "\n".join(remedy_lines([nothing], {}))
+
+
+def test_rows_are_named_by_the_remedy() -> None:
+    assert variant_title("remedied-taylor") == "Taylor ranking"
+    assert variant_title("remedied-taylor", short=True) == "Taylor ranking"
+    assert variant_title("remedied-min-snr-5", short=True) == "γ = 5"
+    assert variant_title("fp32") == "fp32"
 
 
 def asked(**options: Any) -> argparse.Namespace:
@@ -229,11 +254,11 @@ def test_the_reference_is_asked_once(tmp_path: Path) -> None:
     assert book.remedied() == []
     leave(validation_cell(H1, REMEDIES[2]), 2.5)
     book.settle(said.append)
-    assert [cell.variant for cell in book.remedied()] == ["remedied-four-times-steps"] * 2
+    assert [cell.variant for cell in book.remedied()] == ["remedied-four-times-steps"] * 3
     # A better one that comes later is reported, and not measured against the reference.
     leave(validation_cell(H1, ANNEALED), 1.0)
     book.settle(said.append)
-    assert [cell.variant for cell in book.remedied()] == ["remedied-four-times-steps"] * 2
+    assert [cell.variant for cell in book.remedied()] == ["remedied-four-times-steps"] * 3
     tried = book.published()["remedies"][0]
     assert (tried["best"], tried["settled"], tried["test"]) == (
         "annealed",
@@ -250,6 +275,21 @@ def test_the_reference_is_asked_once(tmp_path: Path) -> None:
     assert Book(runner, all_cells(), asked(remedies="H4", group=["remedy"])).wanted()[0] == validation_cell(
         H4
     )
+
+
+def test_rows_that_settled_alike_share_their_control(tmp_path: Path) -> None:
+    runner = Runner(tmp_path, AROUND, all_cells(), tmp_path / "v.npz", lambda text: None, chooses=False)
+    (tmp_path / SETTLED).write_text(
+        json.dumps({"dit-dynamic-0.5": "min-snr-1", "dit-dynamic-0.3": "min-snr-1"})
+    )
+    cells = Book(runner, all_cells(), asked()).remedied()
+    assert [(cell.arm, cell.ratio) for cell in cells] == [
+        ("dynamic", 0.5),
+        ("static-control", 1.0),
+        ("pruned-taylor", 0.5),
+        ("dynamic", 0.3),
+        ("pruned-taylor", 0.3),
+    ]
 
 
 def test_folders_of_a_machine_are_not_published() -> None:

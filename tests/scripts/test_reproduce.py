@@ -245,6 +245,24 @@ def test_no_verdict_rests_on_cells_that_have_not_run() -> None:
     assert [found[name].outcome for name in ("H1", "H2", "equal cost")] == ["missed", "missed", "held"]
 
 
+def test_remedied_rows_change_no_verdict() -> None:
+    planned = {("dit", arm, 0.5, ""): 1 for arm in ("dynamic", "pruned-taylor")}
+    planned |= {("dit", arm, 0.5, "remedied-x"): 1 for arm in ("dynamic", "pruned-taylor")}
+    cells = [result("dynamic", 0.5, fd, seed) for seed, fd in enumerate((1.0, 1.01, 0.99))]
+    cells += [result("pruned-taylor", 0.5, fd, seed) for seed, fd in enumerate((1.7, 1.69, 1.71))]
+    before = judged.verdicts(table_of(*cells), "dit", planned)
+    assert [each.outcome for each in before if each.name in ("H2", "equal cost")] == ["held", "held"]
+    treated = [result(arm, 0.5, 0.5, variant="remedied-x") for arm in ("dynamic", "pruned-taylor")]
+    after = by_name(judged.verdicts(table_of(*cells, *treated), "dit", planned))
+    assert after["H2"] == by_name(before)["H2"]
+    # What they cost is compared as well.
+    assert "of 2 rows" in after["equal cost"].text
+    treated[1]["gmacs"] *= 1.02
+    assert "+2.00% (pruned-taylor 0.5, remedied-x)" in "".join(
+        each.text for each in judged.verdicts(table_of(*cells, *treated), "dit", planned)
+    )
+
+
 def test_cells_that_ran_other_code_are_told_of() -> None:
     from scripts.reproduction.report import _code
 
