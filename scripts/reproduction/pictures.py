@@ -12,6 +12,8 @@ from scripts.reproduction.cells import FAMILIES
 from scripts.reproduction.remedies import REMEDIED, variant_title
 
 COLOURS = {"dynamic": "#1f6f8b", "static-control": "#222222", "base": "#888888"}
+ALONE = ("static-control", "base")
+"""Arms that have no ratio."""
 PRUNED_COLOUR, OTHER_COLOUR = "#c05621", "#6b8e23"
 NAMES = {
     "static-control": "control",
@@ -164,18 +166,18 @@ def _draw(panel: Any, rows: Sequence[Mapping[str, Any]], plot: Plot) -> None:
     for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
         axis(StrMethodFormatter("{x:g}"))
     panel.tick_params(axis="y", which="both", labelsize=7)
-    panel.margins(x=0.16, y=0.1)
+    panel.margins(x=0.28, y=0.1)
     panel.grid(alpha=0.25, which="both")
 
 
 def _name(panel: Any, rows: Sequence[Mapping[str, Any]], plot: Plot) -> None:
-    """Write names beside the points: of what shares a cost with the dynamic rows and is no baseline, on the left."""
+    """Write names beside the points: on the left of what shares a cost with the rows of the hypotheses and is none of them."""
     to_points = 72 / panel.figure.dpi
     placed = []
     for row in rows:
         x, y = panel.transData.transform((plot.cost.of(row), plot.quality.of(row)))
         column = round(panel.transAxes.inverted().transform((x, y))[0] / COLUMN)
-        placed.append((row, (column, _colour(row["arm"]) == OTHER_COLOUR), y * to_points))
+        placed.append((row, (column, _is_beside(row)), y * to_points))
     for side in {side for _, side, _ in placed}:
         here = [(row, height) for row, found, height in placed if found == side]
         for (row, height), moved in zip(here, apart([height for _, height in here], LABEL_GAP), strict=True):
@@ -192,15 +194,20 @@ def _name(panel: Any, rows: Sequence[Mapping[str, Any]], plot: Plot) -> None:
             )
 
 
+def _is_beside(row: Mapping[str, Any]) -> bool:
+    """Whether a row is another way to be dynamic, or a remedied one of a ratio."""
+    return _colour(row["arm"]) == OTHER_COLOUR or (bool(row["variant"]) and row["arm"] not in ALONE)
+
+
 def _colour(arm: str) -> str:
     return COLOURS.get(arm, PRUNED_COLOUR if arm.startswith("pruned-") else OTHER_COLOUR)
 
 
 def _marker(arm: str) -> str:
-    return "s" if arm.startswith("pruned-") else "D" if arm in ("static-control", "base") else "o"
+    return "s" if arm.startswith("pruned-") else "D" if arm in ALONE else "o"
 
 
 def _label(row: Mapping[str, Any]) -> str:
     name = NAMES.get(row["arm"], row["arm"])
-    ratio = "" if row["arm"] in ("static-control", "base") else f" {row['lambda']:g}"
+    ratio = "" if row["arm"] in ALONE else f" {row['lambda']:g}"
     return f"{name}{ratio}" + (f", {variant_title(row['variant'], short=True)}" if row["variant"] else "")

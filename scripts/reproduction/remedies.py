@@ -89,7 +89,12 @@ REMEDIES = (
     Remedy("half-groups", "half the channel groups", _always(f"convert.num_groups={GROUPS // 2}")),
     Remedy("twice-groups", "twice the channel groups", _always(f"convert.num_groups={GROUPS * 2}")),
     Remedy("contiguous", "grouping contiguous", _always("convert.grouping=contiguous")),
-    Remedy("taylor", "Taylor ranking", _always("convert.importance=taylor", "convert.data={data}")),
+    Remedy(
+        "taylor",
+        "Taylor ranking",
+        _always("convert.importance=taylor", "convert.data={data}"),
+        short="Taylor",
+    ),
     Remedy("distillation", "distillation from the complete model", _always("finetune.loss=distillation")),
     Remedy("calibrated", "calibrated start", _calibrated),
     Remedy("rate-third", "learning rate of all but routers a third", _rate(1 / 3), shared=True),
