@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from scripts.pages import replace_between
 from scripts.reproduction.cells import FAMILIES, core
-from scripts.reproduction.remedies import REMEDIED, variant_title
+from scripts.reproduction.remedies import PRUNED_TWIN, REMEDIED, variant_title
 from scripts.reproduction.report import NOT_MEASURED, TITLES, read_results
 
 PAGE = ROOT / "README.md"
@@ -38,29 +38,45 @@ def table(results: Mapping[str, Any]) -> str:
     ]
     for family, title in FAMILIES.items():
         lines += [_line(title, row) for row in chosen(results, family)]
-    verdicts = [
-        f"{FAMILIES[family]} {each['name']}: {each['outcome']}"
-        for family, found in results["verdicts"].items()
-        for each in found
-        if each["outcome"] != NOT_MEASURED
-    ]
     lines += [
         "",
         f"Small models of Fashion-MNIST on {', '.join(around['devices'])}; {around['images']:,} samples of {around['sampler_steps']} "
         "steps each. ± is one standard deviation, over seeds where there are several, else of sampling alone. Pruned rows are the best "
-        "of up to three rankings, chosen after the fact; what stands in brackets was changed when the row above had missed, and chosen on "
-        "the validation split. "
+        "of up to three rankings, chosen after the fact. What stands in brackets was changed when the dynamic row had missed, chosen on "
+        "the validation split, and where any model may profit from it, given to the best pruning as well. "
         f"{around['cells_done']} of {around['cells_all']} cells of the [protocol](docs/protocol.md) "
         "have run; "
         "[docs/results.md](docs/results.md) has all of them.",
     ]
-    if verdicts:
-        lines += ["", f"Of what was claimed beforehand: {'; '.join(verdicts)}."]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_claims(results["verdicts"])])
+
+
+def _claims(verdicts: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """What was claimed beforehand, and what became of it in each family, with the ratio of the distances."""
+    claims = dict.fromkeys(
+        each["statement"] for found in verdicts.values() for each in found if each["outcome"] != NOT_MEASURED
+    )
+    if not claims:
+        return []
+    outcomes = {
+        (family, each["statement"]): each["outcome"]
+        + (f": {each['ratio'][0]:.2f}" if each["ratio"] is not None else "")
+        for family, found in verdicts.items()
+        for each in found
+    }
+    lines = [
+        "",
+        f"| claimed beforehand | {' | '.join(FAMILIES[family] for family in verdicts)} |",
+        "| --- |" + " --- |" * len(verdicts),
+    ]
+    return lines + [
+        f"| {claim} | {' | '.join(outcomes.get((family, claim), '') for family in verdicts)} |"
+        for claim in claims
+    ]
 
 
 def chosen(results: Mapping[str, Any], family: str) -> Iterator[Mapping[str, Any]]:
-    """The rows of a family that the README shows: dynamic ones, each with its remedy and then the best pruning of its ratio behind it.
+    """The rows of a family that the README shows: dynamic ones, each with the best pruning of its ratio behind it, and remedied ones.
 
     Rows of the protocol's core that have not run are among them.
     """
@@ -76,14 +92,15 @@ def chosen(results: Mapping[str, Any], family: str) -> Iterator[Mapping[str, Any
         row
         for row in results["rows"]
         if row["family"] == family
-        and row["arm"] == "dynamic"
+        and row["arm"] in ("dynamic", PRUNED_TWIN)
         and row["variant"].startswith(REMEDIED)
         and row["state"] != NOT_MEASURED
     ]
     yield from (row for row in rows if row["arm"] == ALONE[0])
     for row in sorted((row for row in rows if row["arm"] == "dynamic"), key=lambda row: -row["lambda"]):
+        treated = [each for each in remedied if each["lambda"] == row["lambda"]]
         yield row
-        yield from (each for each in remedied if each["lambda"] == row["lambda"])
+        yield from (each for each in treated if each["arm"] == row["arm"])
         pruned = [
             each
             for each in rows
@@ -92,6 +109,7 @@ def chosen(results: Mapping[str, Any], family: str) -> Iterator[Mapping[str, Any
             and each["state"] != NOT_MEASURED
         ]
         yield from sorted(pruned, key=lambda each: each["fd"])[:1]
+        yield from (each for each in treated if each["arm"] != row["arm"])
     yield from (row for row in rows if row["arm"] in ALONE[1:])
 
 

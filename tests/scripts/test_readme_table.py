@@ -19,6 +19,11 @@ def row(arm: str, ratio: float, fd: float | None, family: str = "dit") -> dict[s
     return {**found, **measured}
 
 
+def verdict(statement: str, outcome: str, ratio: float | None = None) -> dict[str, Any]:
+    interval = None if ratio is None else (ratio, ratio - 0.1, ratio + 0.1)
+    return {"name": "H", "statement": statement, "outcome": outcome, "ratio": interval}
+
+
 RESULTS: dict[str, Any] = {
     "circumstances": {
         "devices": {"a machine": 5},
@@ -28,8 +33,8 @@ RESULTS: dict[str, Any] = {
         "cells_all": 60,
     },
     "verdicts": {
-        "dit": [{"name": "H1", "outcome": "missed"}, {"name": "H2", "outcome": NOT_MEASURED}],
-        "sit": [],
+        "dit": [verdict("as near as that", "missed", 1.92), verdict("farther than that", NOT_MEASURED)],
+        "sit": [verdict("as near as that", "held", 1.02), verdict("as much work", "held")],
     },
     "rows": [
         row("base", 1.0, 3.0),
@@ -46,24 +51,31 @@ RESULTS: dict[str, Any] = {
         row("dynamic", 0.3, None) | {"variant": "remedied-taylor"},
         row("dynamic", 0.5, 4.1) | {"variant": "annealed"},
         row("static-control", 1.0, 3.0) | {"variant": "remedied-twice-steps"},
+        row("pruned-taylor", 0.5, 7.0) | {"variant": "remedied-taylor"},
     ],
 }
 
 
 def test_rows_stand_in_order_with_the_best_pruning_and_what_has_not_run() -> None:
     lines = readme_table.table(RESULTS).splitlines()
-    assert [line.split(" | ")[:3] for line in lines[2:9]] == [
+    assert [line.split(" | ")[:3] for line in lines[2:10]] == [
         ["| DiT, static control", "", "3.50 ± 0.10"],
         ["| DiT, dynamic", "0.5", "4.25 ± 0.10"],
         ["| DiT, dynamic (Taylor ranking)", "0.5", "4.00 ± 0.10"],
         ["| DiT, pruned by Taylor", "0.5", "7.50 ± 0.10"],
+        ["| DiT, pruned by Taylor (Taylor ranking)", "0.5", "7.00 ± 0.10"],
         ["| DiT, dynamic", "0.3", "not measured"],
         ["| DiT, dynamic, TD-LoRA", "0.5", "4.50 ± 0.10"],
         ["| SiT, dynamic", "0.5", "6.00 ± 0.10"],
     ]
     assert lines[3].endswith("| 42.1 | 0.62 |")
-    assert "5 of 60 cells" in lines[10]
-    assert lines[-1] == "Of what was claimed beforehand: DiT H1: missed."
+    assert "5 of 60 cells" in lines[11]
+    assert lines[-4:] == [
+        "| claimed beforehand | DiT | SiT |",
+        "| --- | --- | --- |",
+        "| as near as that | missed: 1.92 | held: 1.02 |",
+        "| as much work |  | held |",
+    ]
 
 
 def test_the_readme_has_a_place_for_it() -> None:
