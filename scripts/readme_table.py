@@ -16,6 +16,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from dydit_cli.cli.chatter import hush
+
+hush()
+
 from scripts.pages import replace_between
 from scripts.reproduction.cells import FAMILIES, core
 from scripts.reproduction.remedies import PRUNED_TWIN, REMEDIED, variant_title
