@@ -22,6 +22,7 @@ thread each (OMP_NUM_THREADS=1), wastes least. Times are measured last, by one p
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -237,7 +239,9 @@ def _train_again(runner: Runner, claims: Claims, wanted: Sequence[Cell]) -> int:
 
 def _time(runner: Runner, claims: Claims, wanted: Sequence[Cell], *, quick: bool) -> None:
     """Time the first seed of every row beside the control of its family, when nothing else runs here."""
-    pending = [pair for cell in wanted if (pair := _pending(runner, cell)) is not None]
+    # Controls first: the execution that is faster for them is theirs beside all others.
+    ordered = sorted(wanted, key=lambda cell: cell.arm != CONTROL)
+    pending = [pair for cell in ordered if (pair := _pending(runner, cell)) is not None]
     if not pending:
         return
     with claims.taken(TIMING_CLAIM) as claim:
@@ -262,7 +266,10 @@ def _time(runner: Runner, claims: Claims, wanted: Sequence[Cell], *, quick: bool
             rest = "" if left is None else f"; all times that are left: {minutes(left)}"
             _say(f"[{number + 1}/{len(pending)}] timing {cell.name} beside {control.cell.name}{rest}")
             found = time_beside(
-                _subject(planned), _subject(control), sampling, **({"pairs": 3, "batch": 16} if quick else {})
+                _subject(planned),
+                _control_subject(control),
+                sampling,
+                **({"pairs": 3, "batch": 16} if quick else {}),
             )
             write_json(planned.folder / TIMING, asdict(found))
 
@@ -275,7 +282,7 @@ def _others(claims: Claims) -> list[str]:
 def _pending(runner: Runner, cell: Cell) -> tuple[Planned, Planned] | None:
     """A cell that is to be timed, and the control beside it; None if it is not, or was."""
     planned, control = done(runner, cell), done(runner, _control(cell))
-    if planned is None or control is None or not _is_timed(planned) or (planned.folder / TIMING).exists():
+    if planned is None or control is None or not _is_timed(planned) or _timing(planned) is not None:
         return None
     if without := [each.cell.name for each in (planned, control) if not each.has_model]:
         names = " and ".join(without)
@@ -298,6 +305,19 @@ def _control(cell: Cell) -> Cell:
 
 def _subject(planned: Planned) -> Subject:
     return Subject(planned.model, ("static", "compact") if planned.cell.is_static else ("compact",))
+
+
+def _control_subject(planned: Planned) -> Subject:
+    """The control as others are timed beside it: in the execution that was faster when it was timed itself."""
+    timing = _timing(planned)
+    return _subject(planned) if timing is None else Subject(planned.model, (timing["execution"],))
+
+
+def _timing(planned: Planned) -> dict[str, Any] | None:
+    """The timing of a cell; None if it has none, or one of before the control's execution was kept."""
+    file = planned.folder / TIMING
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return found if "control_execution" in found else None
 
 
 def _list(runner: Runner, book: Book) -> None:

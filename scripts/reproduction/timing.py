@@ -1,7 +1,8 @@
 """Seconds an image, side by side: what a table says of speed must not depend on what else the machine did meanwhile.
 
-Each model samples a batch in turn with the static control, in alternating order; the median of the paired ratios counts. Static
-models run in static execution and, planned, in compact execution, and the faster counts: a baseline gets whatever helps it.
+In every round each model samples a batch, and the order turns from round to round; the median of the paired ratios counts. Static models
+run in static execution and, planned, in compact execution, all in every round, and the faster by its median counts: a baseline gets
+whatever helps it, and not by the chance of a few runs.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Subject:
 
     Attributes:
         folder: Of the model.
-        executions: Those to try; the faster counts.
+        executions: Those to try, in every round; the faster counts.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class Timing:
         time_ratio: Median of the paired ratios to the control's faster execution.
         low, high: 95 % interval of that median, by the order of the ratios.
         execution: The faster one.
+        control_execution: The control's faster one.
         pairs: Rounds.
         batch: Images at a time.
         threads: Of torch.
@@ -59,6 +61,7 @@ class Timing:
     low: float
     high: float
     execution: str
+    control_execution: str
     pairs: int
     batch: int
     threads: int
@@ -80,21 +83,23 @@ def time_beside(
     own, its = (
         [_sampler(each, name, sampling, batch) for name in each.executions] for each in (subject, control)
     )
-    fastest_own, fastest_its = _fastest(own), _fastest(its)
-    first, second = own[fastest_own], its[fastest_its]
-    rounds = []
+    runs = [*own, *its]
+    # By run, its seconds in each round.
+    taken: list[list[float]] = [[] for _ in runs]
     for number in range(pairs):
-        order = (first, second) if number % 2 == 0 else (second, first)
-        taken = {id(run): _seconds(run) for run in order}
-        rounds.append((taken[id(first)], taken[id(second)]))
-    ratios = sorted(mine / other for mine, other in rounds)
+        for index in range(len(runs)) if number % 2 == 0 else reversed(range(len(runs))):
+            taken[index].append(_seconds(runs[index]))
+    mine, others = _faster(taken[: len(own)]), _faster(taken[len(own) :])
+    seconds = taken[mine]
+    ratios = sorted(one / other for one, other in zip(seconds, taken[len(own) + others], strict=True))
     low, high = _order_interval(ratios)
     return Timing(
-        seconds_per_image=median(mine for mine, _ in rounds) / batch,
+        seconds_per_image=median(seconds) / batch,
         time_ratio=median(ratios),
         low=low,
         high=high,
-        execution=subject.executions[fastest_own],
+        execution=subject.executions[mine],
+        control_execution=control.executions[others],
         pairs=pairs,
         batch=batch,
         threads=torch.get_num_threads(),
@@ -114,12 +119,10 @@ def _sampler(subject: Subject, execution: str, sampling: dict[str, Any], batch: 
     return run
 
 
-def _fastest(runs: Sequence[Callable[[], None]]) -> int:
-    """The index of the faster one, by the best of two rounds each in alternating order."""
-    best = [float("inf")] * len(runs)
-    for index in [*range(len(runs)), *reversed(range(len(runs)))] if len(runs) > 1 else []:
-        best[index] = min(best[index], _seconds(runs[index]))
-    return best.index(min(best))
+def _faster(taken: Sequence[Sequence[float]]) -> int:
+    """The index of the one with the least median."""
+    medians = [median(seconds) for seconds in taken]
+    return medians.index(min(medians))
 
 
 def _seconds(run: Callable[[], None]) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from scripts.reproduction import timing
 from scripts.reproduction import verdicts as judged
 from scripts.reproduction.cells import (
     CHOICE_SEED,
@@ -359,16 +360,47 @@ def test_the_report_is_made_of_the_results_alone(tmp_path: Path) -> None:
 def test_seconds_are_paired_ratios_times_those_of_the_control() -> None:
     from scripts.reproduction.book import add_times
 
-    timing = {"seconds_per_image": 0.02, "time_ratio": 0.9}
+    timed = {"seconds_per_image": 0.02, "time_ratio": 0.9}
     cells = [
-        {"family": "dit", "arm": "static-control", "timing": timing},
+        {"family": "dit", "arm": "static-control", "timing": timed},
         {"family": "dit", "arm": "dynamic", "timing": {"seconds_per_image": 0.5, "time_ratio": 0.6}},
         {"family": "dit", "arm": "ordered"},
-        {"family": "sit", "arm": "dynamic", "timing": timing},
+        {"family": "sit", "arm": "dynamic", "timing": timed},
     ]
     add_times(cells)
     assert [cell.get("time_ratio") for cell in cells] == [1.0, 0.6, None, None]
     assert cells[1]["seconds_per_image"] == pytest.approx(0.012)
+
+
+def test_the_faster_execution_is_chosen_by_all_rounds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Seconds by execution and round; the first round, by chance, says otherwise of both.
+    seconds = {
+        ("own", "static"): [1.0, 3.0, 3.0],
+        ("own", "compact"): [9.0, 2.0, 2.2],
+        ("control", "static"): [2.0, 9.0, 9.0],
+        ("control", "compact"): [5.0, 4.0, 4.0],
+    }
+    order = []
+
+    def sampler(subject: timing.Subject, execution: str, *_: object) -> Any:
+        return subject.folder.name, execution
+
+    def taken(run: Any) -> float:
+        order.append(run)
+        return seconds[run].pop(0)
+
+    monkeypatch.setattr(timing, "_sampler", sampler)
+    monkeypatch.setattr(timing, "_seconds", taken)
+    both = ("static", "compact")
+    own, control = (timing.Subject(tmp_path / name, both) for name in ("own", "control"))
+    found = timing.time_beside(own, control, {}, pairs=3, batch=2)
+    assert (found.execution, found.control_execution) == ("compact", "compact")
+    assert found.time_ratio == pytest.approx(2.2 / 4)
+    assert found.seconds_per_image == pytest.approx(1.1)
+    # All run in every round, and the order turns.
+    assert order[4:8] == order[3::-1] == order[11:7:-1]
 
 
 def test_the_interval_of_a_median() -> None:
