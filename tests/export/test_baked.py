@@ -184,7 +184,8 @@ def test_the_folder_in_the_stock_pipeline_without_the_package(family: str, tmp_p
     model = trained(tmp_path / "t", family, in_channels=1)
     exported(model, tmp_path / "dynamic")
     report = exported(model, tmp_path / "e", "baked", steps=5)
-    assert report.max_difference == 0
+    # Bit for bit on processors whose products round alike for any number of rows (Intel's here); on an AMD EPYC 2.6e-6.
+    assert report.max_difference <= 1e-5
     assert "9 timesteps" in report.verified or "10 timesteps" in report.verified
     script = f"""
 import torch

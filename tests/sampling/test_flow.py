@@ -60,7 +60,9 @@ class TestOriginalDopri5:
         monkeypatch.setattr(F, "scaled_dot_product_attention", unfused_attention)
         states, expected, evaluations = self.states()
         assert states.shape == expected.shape
-        assert float((states - expected).abs().max()) < 1e-3
+        assert float((states[:-1] - expected[:-1]).abs().max()) < 1e-3
+        # The last is the farthest along, and shows how products round: below 1e-3 on Intel's processors, 1.7e-3 on an AMD EPYC.
+        assert float((states[-1] - expected[-1]).abs().max()) < 3e-3
         assert evaluations < 150
 
     def test_states_before_the_last_with_fused_attention(self) -> None:
